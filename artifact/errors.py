@@ -1,0 +1,5 @@
+"""The error of this room."""
+
+
+class ArtifactError(ValueError):
+    """Weights that cannot be stored, or a file that is no sound artifact; the message is one line."""

@@ -1,0 +1,122 @@
+"""The byte ledger: where an artifact's bytes go, and what is left under the cap.
+
+What counts is the artifact plus the source of the code that scores it, each file as it lies on disk. The source's size
+under brotli is listed for comparison with submissions that pack their script; neither it nor the tokenizer counts.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import brotli
+import numpy as np
+
+from niblick.artifact.container import Container
+from niblick.artifact.quantize import RowIntegers
+
+
+@dataclass(frozen=True)
+class StreamBytes:
+    """One stream: how many values of how many bits, their order-0 entropy and their coded size, in bytes."""
+
+    name: str
+    values: int
+    raw_bits: int
+    entropy_bytes: float
+    coded_bytes: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All sizes in bytes. Streams and container add up to the model, model and code to the total."""
+
+    streams: tuple[StreamBytes, ...]
+    container_bytes: int
+    model_bytes: int
+    code_bytes: int
+    code_brotli_bytes: int
+    tokenizer_bytes: int
+    cap_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.model_bytes + self.code_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.cap_bytes
+
+
+def byte_ledger(container: Container, code: list[Path], cap_bytes: int, tokenizer: str | Path | None = None) -> Ledger:
+    """The ledger of an artifact that was read, scored by the source files `code` (`source_files`)."""
+    bits = {name: t.bits for name, t in container.quantized.items() if isinstance(t, RowIntegers)}
+    streams = tuple(
+        _stream_bytes(name, raw, bits.get(name, 16), container.coded_bytes[name]) for name, raw in container.raw.items()
+    )
+    source = [path.read_bytes() for path in code]
+    return Ledger(
+        streams=streams,
+        container_bytes=container.size - sum(s.coded_bytes for s in streams),
+        model_bytes=container.size,
+        code_bytes=sum(map(len, source)),
+        code_brotli_bytes=len(brotli.compress(b"".join(source), quality=11)),
+        tokenizer_bytes=Path(tokenizer).stat().st_size if tokenizer else 0,
+        cap_bytes=cap_bytes,
+    )
+
+
+def source_files(entry: str | Path) -> list[Path]:
+    """The script `entry` and every file of niblick that it imports, directly or not: the code run to score.
+
+    Imports are read from the source, those inside functions too, so the list does not depend on what was run before.
+    """
+    found, pending = {}, [Path(entry)]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found[path] = None
+            pending += _imports(path)
+    return list(found)
+
+
+def table_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
+    """(what, values, bits a value before coding, order-0 entropy in bytes, bytes), ready to print."""
+    rows = [
+        (s.name, f"{s.values:,}", f"{s.raw_bits}", f"{s.entropy_bytes:,.0f}", f"{s.coded_bytes:,}")
+        for s in ledger.streams
+    ]
+    sums = {
+        "container": ledger.container_bytes,
+        "model": ledger.model_bytes,
+        "code": ledger.code_bytes,
+        "total": ledger.total_bytes,
+        f"left of {ledger.cap_bytes:,}": ledger.cap_bytes - ledger.total_bytes,
+        "not counted: code under brotli": ledger.code_brotli_bytes,
+        "not counted: tokenizer": ledger.tokenizer_bytes,
+    }
+    return rows + [(name, "", "", "", f"{size:,}") for name, size in sums.items()]
+
+
+def _stream_bytes(name: str, raw: bytes, bits: int, coded_bytes: int) -> StreamBytes:
+    """Of 16-bit values the two byte planes have an entropy each, as the coder sees them."""
+    planes = np.frombuffer(raw, "u1").reshape(2 if bits == 16 else 1, -1)
+    return StreamBytes(name, planes.shape[1], bits, sum(map(entropy_bytes, planes)), coded_bytes)
+
+
+def entropy_bytes(symbols: np.ndarray) -> float:
+    """Bytes that an ideal coder needs for uint8 `symbols` (n,) if it knows only how often each occurs."""
+    counts = np.bincount(symbols)
+    counts = counts[counts > 0]
+    return float((counts * np.log2(len(symbols) / counts)).sum() / 8)
+
+
+def _imports(path: Path) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            is_room = module.count(".") < 2  # `from niblick.data import shards`; deeper, the names are not modules
+            names = [f"{module}.{name}" for name in names] if is_room else [module]
+        yield from (Path(find_spec(name).origin) for name in names if name.startswith("niblick."))

@@ -1,0 +1,223 @@
+"""Text to tokens: a tokenizer trained on the training documents, and token shards of both sides, in one folder.
+
+The folder's `manifest.json`, written last, holds a fingerprint of everything that decides the contents: where it
+matches, nothing is done again. The token stream is held in memory; for corpora beyond it, use ready shards.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from niblick.data import corpus, shards
+from niblick.data import tokenizer as tokenizers
+from niblick.data.errors import DataError
+from niblick.data.files import write_atomically
+from niblick.data.tokenizer import BOS
+
+FORMAT = 1  # of the folder; a higher number makes older folders be prepared anew
+MANIFEST, MODEL = "manifest.json", "tokenizer.model"
+ORDERS = ("name", "compressible_first", "compressible_last")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data ready for a run: the tokenizer, and the token shards of both sides."""
+
+    tokenizer: Path
+    train: tuple[Path, ...]  # in the order in which to read them
+    val: tuple[Path, ...]
+    vocab_size: int
+    train_tokens: int
+    val_tokens: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    vocab_size: int
+    shard_tokens: int
+    held_out: float
+    max_val_tokens: int | None
+
+
+def prepare(
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    vocab_size: int,
+    tokenizer: str | Path | None = None,
+    shard_tokens: int = 10_000_000,
+    held_out: float = 0.05,
+    max_val_tokens: int | None = None,
+    order: str = "name",
+) -> Prepared:
+    """Turns a source into tokenizer and shards in `out_dir`, or finds them there.
+
+    source: "stdlib", a folder of text files, a JSON-lines file (`corpus.documents`), or a folder of ready shards, which
+    is used as it lies (`ready`). tokenizer: a SentencePiece model to use instead of training one. held_out: the
+    fraction of documents that go to validation, by the hash of their names; max_val_tokens cuts that stream. Documents
+    are shuffled by the hash of their names, each starts with BOS, and shards are cut every `shard_tokens` tokens
+    wherever that falls (see `_cut`). order: see `order_shards`.
+
+    DataError for no text, no training or held-out document, and a tokenizer of another size than `vocab_size`; the
+    folder then keeps what it held. With several ranks, call it on one and let the others wait.
+    """
+    _check_order(order)
+    if Path(source).is_dir() and any(Path(source).glob("*_train_*.bin")):
+        return ready(source, tokenizer, vocab_size=vocab_size, order=order)
+    corpus.documents(source)  # refuses what is no source, before anything is touched
+    out = Path(out_dir)
+    settings = _Settings(vocab_size, shard_tokens, held_out, max_val_tokens)
+    if not (
+        vocab_size > 0 and shard_tokens > 0 and 0 < held_out < 1 and (max_val_tokens is None or max_val_tokens > 1)
+    ):
+        raise DataError(f"prepare: expected positive sizes and a held-out fraction in (0, 1), found {settings}")
+    fingerprint = _fingerprint(source, tokenizer, settings)
+    if not _matches(out, fingerprint):
+        _build(source, out, tokenizer, settings)
+        manifest = {"fingerprint": fingerprint, "source": str(source), **asdict(settings), "files": _sizes(out)}
+        write_atomically(out / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    return ready(out, out / MODEL, vocab_size=vocab_size, order=order)
+
+
+def ready(
+    folder: str | Path, tokenizer: str | Path | None = None, *, vocab_size: int | None = None, order: str = "name"
+) -> Prepared:
+    """Uses a folder of shards (`*_train_*.bin`, `*_val_*.bin`) as it lies; without `tokenizer`, its one `*.model`.
+
+    Every shard's header and first BOS are checked, and the validation ids; training ids are checked as they are read.
+    """
+    _check_order(order)
+    model = Path(tokenizer) if tokenizer else _only_model(Path(folder))
+    vocab_size = tokenizers.load(model, vocab_size).vocab_size()
+    train, val = shards.find_shards(folder, "train"), shards.find_shards(folder, "val")
+    counts = {}
+    for path in train + val:
+        tokens = shards.read_shard(path)
+        counts[path] = len(tokens)
+        if path in train or path == val[0]:  # one long document may fill a later validation shard
+            shards.first_bos(tokens, BOS, path)
+        if path in val:
+            shards.check_ids(tokens, vocab_size, path)
+    train_tokens, val_tokens = (sum(counts[path] for path in paths) for paths in (train, val))
+    return Prepared(model, order_shards(train, order), tuple(val), vocab_size, train_tokens, val_tokens)
+
+
+def compressibility(path: str | Path) -> float:
+    """Compressed over plain size, by zlib level 1, of the 1 MiB that follows the shard's header."""
+    with open(path, "rb") as file:
+        file.seek(shards.HEADER_BYTES)
+        sample = file.read(1 << 20)
+    return len(zlib.compress(sample, 1)) / max(1, len(sample))
+
+
+def order_shards(paths: list[Path], order: str) -> tuple[Path, ...]:
+    """The shards by "name", or by compressibility: easy text first ("compressible_first") or last."""
+    _check_order(order)
+    by_name = sorted(paths, key=lambda path: path.name)
+    if order == "name":
+        return tuple(by_name)
+    return tuple(sorted(by_name, key=compressibility, reverse=order == "compressible_last"))
+
+
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise DataError(f"shard order: expected one of {', '.join(ORDERS)}, found {order!r}")
+
+
+def _only_model(folder: Path) -> Path:
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise DataError(f"{folder}: expected exactly one tokenizer *.model (or its path), found {len(models)}")
+    return models[0]
+
+
+def _fingerprint(source: str | Path, tokenizer: str | Path | None, settings: _Settings) -> str:
+    """Hash of all that decides the output. Files count by path, size and time of change, not by content."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in corpus.source_files(source)]
+    given = None
+    if tokenizer is not None:
+        tokenizers.load(tokenizer, settings.vocab_size)
+        given = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    versions = (FORMAT, platform.python_version(), sentencepiece.__version__)
+    description = json.dumps([str(source), files, given, asdict(settings), versions])
+    return hashlib.sha256(description.encode()).hexdigest()
+
+
+def _outputs(out: Path) -> list[Path]:
+    return sorted([*out.glob("niblick_*_*.bin"), *out.glob(MODEL)])
+
+
+def _sizes(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in _outputs(out)}
+
+
+def _matches(out: Path, fingerprint: str) -> bool:
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+        return manifest["fingerprint"] == fingerprint and manifest["files"] == _sizes(out)
+    except (OSError, ValueError, KeyError, TypeError):  # absent or not ours: prepare anew
+        return False
+
+
+def _build(source: str | Path, out: Path, tokenizer: str | Path | None, settings: _Settings) -> None:
+    """Writes everything but the manifest: into a folder within, then in place of what was there."""
+    building = out / ".building"
+    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
+    building.mkdir(parents=True)
+    try:
+        _write_model(source, building / MODEL, tokenizer, settings)
+        for split, stream in _streams(source, building / MODEL, settings).items():
+            for index, part in enumerate(_cut(stream, settings.shard_tokens)):
+                shards.write_shard(building / f"niblick_{split}_{index:06d}.bin", part)
+        (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it would not be true
+        for path in _outputs(out):
+            path.unlink()
+        for path in _outputs(building):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _cut(stream: np.ndarray, size: int) -> list[np.ndarray]:
+    """Parts of `size` tokens; one in which no document starts (loaders enter a shard at a BOS) joins the one before."""
+    starts = [start for start in range(size, len(stream), size) if (stream[start : start + size] == BOS).any()]
+    return np.split(stream, starts)
+
+
+def _write_model(source: str | Path, model: Path, tokenizer: str | Path | None, settings: _Settings) -> None:
+    if tokenizer is not None:
+        write_atomically(model, lambda file: file.write(Path(tokenizer).read_bytes()))
+        return
+    documents = corpus.documents(source)
+    texts = (text for name, text in documents if not corpus.is_held_out(name, settings.held_out))
+    tokenizers.train(texts, settings.vocab_size, model)
+
+
+def _streams(source: str | Path, model: Path, settings: _Settings) -> dict[str, np.ndarray]:
+    """The shuffled token stream of each side, "train" and "val"."""
+    processor = tokenizers.load(model, settings.vocab_size)
+    encoded: dict[str, list[tuple[bytes, np.ndarray]]] = {"train": [], "val": []}
+    for name, text in corpus.documents(source):
+        if tokenizers.clean(text):
+            split = "val" if corpus.is_held_out(name, settings.held_out) else "train"
+            encoded[split].append((corpus.hash_key(name), tokenizers.encode_document(processor, text)))
+    for split, words in (("val", "held-out"), ("train", "training")):
+        if not encoded[split]:
+            raise DataError(
+                f"{source}: no {words} text: expected at least one document on that side of the held-out fraction"
+                f" {settings.held_out}, found none among {sum(map(len, encoded.values()))} documents"
+            )
+    streams = {
+        split: np.concatenate([ids for _, ids in sorted(items, key=lambda item: item[0])])
+        for split, items in encoded.items()
+    }
+    streams["val"] = streams["val"][: settings.max_val_tokens]
+    return streams

@@ -1,0 +1,165 @@
+"""The score of a model on a token stream: the negative log-likelihood of every target, in the context of its window.
+
+Windows are laid end to end in one flat stream per forward, and attention is cut at each window's start. Within a
+window it is cut as in training: at every BOS and every `max_segment` tokens (`attention_span` documents) or every
+`max_segment` tokens of the window (rows).
+
+The smear gate alone looks across those cuts, one token back. So a window is preceded by its true predecessor, as a
+segment of its own whose row is not scored: the gate reads what it would in the corpus, and never another window. The
+score of a target is therefore that of the whole stream up to it in one forward, with attention cut at the window's
+start, however windows are batched.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from niblick.data.bits_per_byte import bits_per_byte
+from niblick.data.loaders import document_starts, row_starts
+from niblick.evaluation.hints import Hints
+from niblick.evaluation.windows import Window
+from niblick.kernels.ngram_tilt import ngram_tilt
+from niblick.model.config import ConfigError, GPTConfig
+from niblick.model.gpt import GPT
+from niblick.model.layers import asymmetric_softcap
+
+LOGITS_BYTES = 1 << 28
+"""Logits are made for so many rows at a time: 256 MiB are 16,384 rows of 8192 in bf16, enough to fill any card."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """nll in nats, summed over n_targets targets that stand for n_bytes bytes of text; seconds of wall clock."""
+
+    nll: float
+    n_targets: int
+    n_bytes: int
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.nll, self.n_bytes)
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nll / self.n_targets
+
+
+class Packed(NamedTuple):
+    """The windows of one forward. ids int64 (N,), cu_seqlens int32, rows and targets int64 (M,): which of the N rows
+    are scored, and the place in the whole stream of the token that each predicts."""
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    targets: np.ndarray
+
+
+def score(
+    model: GPT,
+    tokens: np.ndarray,
+    byte_counts: np.ndarray,
+    windows: list[Window],
+    *,
+    tokens_per_batch: int,
+    hints: Hints | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Score the targets of `windows` with the looped model, in eval mode.
+
+    tokens (N,) of an integer type and byte_counts (N,): bytes that each token stands for. A forward takes as many
+    windows as fit in tokens_per_batch, at least one. `progress` is called with the targets scored so far and all of
+    them. Sums are in float64 on the device, which is waited for once, at the end.
+
+    ConfigError for no window, or hints for a model with two softcaps.
+    """
+    if not windows:
+        raise ConfigError(f"score: expected at least one target, found none in {len(tokens)} tokens")
+    if hints is not None and model.config.asymmetric_softcap:
+        raise ConfigError("score: the n-gram tilt expected one softcap, found model.asymmetric_softcap")
+    began, was_training = time.perf_counter(), model.training
+    nll = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
+    n_targets, n_bytes, total = 0, 0, sum(w.end - w.first_scored for w in windows)
+    model.eval()
+    try:
+        for batch in _batches(windows, tokens_per_batch):
+            packed = pack(tokens, batch, model.config)
+            nll += token_nll(model, packed, tokens, hints).double().sum()
+            n_targets += len(packed.targets)
+            n_bytes += int(byte_counts[packed.targets].sum(dtype=np.int64))
+            if progress:
+                progress(n_targets, total)
+    finally:
+        model.train(was_training)
+    return Score(nll.item(), n_targets, n_bytes, time.perf_counter() - began)
+
+
+@torch.no_grad()
+def token_nll(model: GPT, packed: Packed, tokens: np.ndarray, hints: Hints | None = None) -> Tensor:
+    """Negative log-likelihood of each scored target, nats, (M,) float32 on the model's device."""
+    device = model.embedding.device
+    hidden = model.hidden(packed.ids.to(device), packed.cu_seqlens.to(device), looping=True)[packed.rows.to(device)]
+    targets = _on(device, tokens[packed.targets], torch.int64)
+    if hints is None:
+        hinted = torch.full_like(targets, -1)
+        betas = torch.zeros(len(targets), device=device)
+    else:
+        hinted = _on(device, hints.tokens[packed.targets], torch.int64)
+        betas = _on(device, hints.betas[packed.targets], torch.float32)
+    n_rows = max(1, LOGITS_BYTES // (model.config.vocab_size * hidden.element_size()))
+    chunks = zip(*(x.split(n_rows) for x in (hidden, targets, hinted, betas)), strict=True)
+    return torch.cat([_row_nll(model, *chunk) for chunk in chunks])
+
+
+def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, hints: Tensor, betas: Tensor) -> Tensor:
+    logits = F.linear(hidden, model.embedding)
+    if model.config.asymmetric_softcap:
+        return F.cross_entropy(asymmetric_softcap(logits, *model.softcaps()), targets, reduction="none")
+    return ngram_tilt(logits, targets, hints, betas, model.config.softcap)
+
+
+def _on(device: torch.device, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
+
+
+def pack(tokens: np.ndarray, windows: list[Window], config: GPTConfig) -> Packed:
+    """Lay windows end to end, each after its predecessor where the smear gate will look for it."""
+    ids, starts, rows, targets, length = [], [], [], [], 0
+    for window in windows:
+        lead = int(config.smear == "window" and window.start > 0)
+        ids.append(tokens[window.start - lead : window.end])
+        starts += [[length]] if lead else []
+        starts.append(length + lead + _segment_starts(ids[-1][lead:], config))
+        rows.append(np.arange(window.first_scored, window.end) + (length + lead - window.start))
+        targets.append(np.arange(window.first_scored + 1, window.end + 1))
+        length += len(ids[-1])
+    return Packed(
+        ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        cu_seqlens=torch.from_numpy(np.concatenate([*starts, [length]]).astype(np.int32)),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=np.concatenate(targets),
+    )
+
+
+def _segment_starts(ids: np.ndarray, config: GPTConfig) -> np.ndarray:
+    if config.attention_span == "rows":
+        return row_starts(len(ids), config.max_segment).numpy()[:-1]
+    return document_starts(ids, config.bos_id, config.max_segment).numpy()[:-1]
+
+
+def _batches(windows: list[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
+    batch, size = [], 0
+    for window in windows:
+        length = window.end - window.start
+        if batch and size + length > tokens_per_batch:
+            yield batch
+            batch, size = [], 0
+        batch.append(window)
+        size += length
+    yield batch

@@ -1,0 +1,143 @@
+"""Causal attention inside segments of one flat stream, and the ladder of its implementations.
+
+Every rung has one signature: `attend(q, k, v, cu_seqlens, max_segment) -> y` with q, y (N, H, d), k, v (N, G, d),
+query head h reading key/value head h // (H / G), scores scaled by 1 / sqrt(d), and segment s being the tokens
+cu_seqlens[s] .. cu_seqlens[s+1] (int32, trailing empty segments allowed). Tokens of two segments never meet.
+
+The ladder is FlashAttention-4 -> 3 -> 2 -> torch's own; `plain` is the loop over segments that a CPU uses.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from niblick.model.config import ConfigError
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+LADDER = ("fa4", "fa3", "fa2", "torch")
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
+    """The rung named, or for `auto` the first that this machine offers. A named rung that is missing is refused."""
+    flash_possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "plain" or (name == "auto" and not flash_possible):
+        return "plain", attend_plain
+    if not flash_possible:
+        raise ConfigError(f"model.attention {name} needs a CUDA device and 16-bit activations: got {device} and {dtype}")
+    reasons = []
+    for rung in LADDER if name == "auto" else (name,):
+        try:
+            return rung, _LOADERS[rung](device)
+        except (ImportError, ConfigError) as error:
+            reasons.append(f"{rung}: {error}")
+    raise ConfigError(f"model.attention {name} is not available here ({'; '.join(reasons)})")
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> Tensor:
+    """Segment by segment through torch's scaled_dot_product_attention; any dtype; reads cu_seqlens on the host."""
+    bounds = cu_seqlens.tolist()
+    pieces = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if start == end:
+            continue
+        one = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        pieces.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _require_capability(device: torch.device, minimum: tuple[int, int]) -> None:
+    found = torch.cuda.get_device_capability(device)
+    if found < minimum:
+        raise ConfigError(f"needs compute capability {minimum[0]}.{minimum[1]}, the card has {found[0]}.{found[1]}")
+
+
+def _load_torch(device: torch.device) -> Attend:
+    _require_capability(device, (8, 0))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> Tensor:
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_segment, max_segment, 0.0, True, False, scale=q.shape[-1] ** -0.5
+        )[0]
+
+    return attend
+
+
+def _load_fa2(device: torch.device) -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    _require_capability(device, (8, 0))
+    return _from_varlen_func(flash_attn_varlen_func)
+
+
+def _load_fa3(device: torch.device) -> Attend:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    _require_capability(device, (9, 0))
+    return _from_varlen_func(flash_attn_varlen_func)
+
+
+def _from_varlen_func(varlen_func: Callable) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> Tensor:
+        y = varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                        max_seqlen_q=max_segment, max_seqlen_k=max_segment, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+
+    return attend
+
+
+def _load_fa4(device: torch.device) -> Attend:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    _require_capability(device, (9, 0))
+    return _register_fa4(_flash_attn_fwd, _flash_attn_bwd)
+
+
+def _register_fa4(forward: Callable, backward: Callable) -> Attend:
+    """FlashAttention-4 is a JIT without torch registration; as an opaque op it stays inside a full graph."""
+
+    @torch.library.custom_op("niblick::attention_fa4", mutates_args=(), device_types="cuda")
+    def op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> tuple[Tensor, Tensor]:
+        y, lse, *_ = forward(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                             max_seqlen_q=max_segment, max_seqlen_k=max_segment, causal=True, return_lse=True)
+        return y, lse
+
+    @op.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op("niblick::attention_fa4_backward", mutates_args=(), device_types="cuda")
+    def op_backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, max_segment: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv, *_ = backward(q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                                  max_seqlen_q=max_segment, max_seqlen_k=max_segment)
+        return dq, dk, dv
+
+    @op_backward.register_fake
+    def _(dy, q, k, v, y, lse, cu_seqlens, max_segment):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def setup_context(ctx, inputs, output):
+        q, k, v, cu_seqlens, ctx.max_segment = inputs
+        y, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, y, lse, cu_seqlens)
+
+    def autograd_backward(ctx, dy, dlse):
+        q, k, v, y, lse, cu_seqlens = ctx.saved_tensors
+        grads = op_backward(dy.contiguous(), q, k, v, y, lse, cu_seqlens, ctx.max_segment)
+        return *grads, None, None
+
+    op.register_autograd(autograd_backward, setup_context=setup_context)
+    return lambda q, k, v, cu_seqlens, max_segment: op(q, k, v, cu_seqlens, max_segment)[0]
+
+
+_LOADERS: dict[str, Callable[[torch.device], Attend]] = {
+    "fa4": _load_fa4,
+    "fa3": _load_fa3,
+    "fa2": _load_fa2,
+    "torch": _load_torch,
+}

@@ -1,0 +1,90 @@
+"""The stateless parts of the GPT. Sizes: N tokens, D width, H and G query and key/value heads, d head width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from niblick.model.config import GPTConfig
+
+EPS = 2.0**-23
+"""float32's epsilon, also for bf16 input: torch takes the eps of the type it computes in."""
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + EPS) over the last dimension, no weight; float32 inside for 16-bit input."""
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def widen(x: Tensor) -> Tensor:
+    """16-bit to float32; wider types stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Rotary(nn.Module):
+    """Partial rotary embedding of the first `rope_dims` of a head, half-split: dimension j turns with j + rope_dims/2.
+
+    z'_j = z_j cos θ + z_{j+h} sin θ, z'_{j+h} = -z_j sin θ + z_{j+h} cos θ, θ = position x base^(-j/h).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.half = config.rope_dims // 2
+        frequencies = config.rope_base ** -(torch.arange(self.half, dtype=torch.float64) / max(self.half, 1))
+        if config.rope_frequencies_bf16:
+            frequencies = frequencies.float().bfloat16().double()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, n_tokens: int, cu_seqlens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (N, 1, rope_dims / 2). The angle is a float32 product (float64 for float64)."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        positions = torch.arange(n_tokens, device=self.frequencies.device)
+        if self.config.attention_span == "rows":
+            positions = positions - segment_start(positions, cu_seqlens)
+        positions = positions.to(wide)
+        if self.config.rope_positions_bf16:
+            positions = positions.bfloat16().to(wide)
+        angles = (positions[:, None] * self.frequencies.to(wide))[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate(self, z: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = table
+        first, second, rest = z.split((self.half, self.half, z.shape[-1] - 2 * self.half), dim=-1)
+        return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+def segment_start(positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """For each stream position (N,) the first position of its segment; trailing empty segments are harmless."""
+    return cu_seqlens[torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1]
+
+
+def channel_smear(x: Tensor, theta: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x_t <- (1 - c) x_t + c x_{t-1}, c = σ(θ) per channel, x_{-1} = 0 at the start of every row (PR #1423)."""
+    positions = torch.arange(x.shape[0], device=x.device)
+    starts = segment_start(positions, cu_seqlens) == positions
+    previous = torch.where(starts[:, None], 0.0, x.roll(1, 0)).to(x.dtype)
+    return torch.lerp(x, previous, torch.sigmoid(theta.to(x.dtype)))
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (N, H, d) loses its component along the unit value of its own token, v (N, G, d). Wide arithmetic."""
+    unit = F.normalize(widen(v), dim=-1, eps=1e-12)[:, :, None]
+    grouped = widen(y).unflatten(1, (v.shape[1], -1))
+    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(1, 2)
+
+
+def leaky_relu_squared(h: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(h, slope).square()
+
+
+def drop_largest_norms(h: Tensor, quantile: float) -> Tensor:
+    """Zero the rows of h (N, F) whose norm reaches the given quantile of all N norms; survivors are not rescaled."""
+    norms = widen(h).norm(dim=-1)
+    return torch.where((norms >= norms.quantile(quantile))[:, None], 0.0, h).to(h.dtype)
+
+
+def asymmetric_softcap(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """c₊ tanh(z / c₊) for z > 0 and c₋ tanh(z / c₋) otherwise, in wide arithmetic (PR #1923)."""
+    z = widen(logits)
+    cap = torch.where(z > 0, positive.to(z.dtype), negative.to(z.dtype))
+    return cap * torch.tanh(z / cap)

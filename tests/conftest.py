@@ -1,0 +1,23 @@
+"""Set up before any test module is imported.
+
+Without a CUDA card the Triton kernels run in Triton's interpreter, so that their own code is what is tested.
+`TRITON_INTERPRET=0 pytest` tests the eager CPU implementations instead.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by @triton.jit, so it must precede the kernels' import
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores among themselves
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))

@@ -1,0 +1,92 @@
+"""Every tolerance of the tests, each with its reason; no other file under tests/ may hold one."""
+
+import torch
+from torch import Tensor
+
+MODEL_F64 = 1e-9  # of the row's largest magnitude, float64 code against a float64 reference: real faults are far above
+SCORE_NATS = 1e-5  # a scorer's negative log-likelihood against brute force over the vocabulary, float32, per token
+CONFIDENT_ROW = 1e-2  # relative error of p - 1 at p = 0.999: storing it in bfloat16 alone may cost 2^-7
+
+_CHUNK = 1 << 26  # elements compared at once: the float64 copies of a tensor beyond 2^31 elements would not fit a card
+
+
+def assert_matches_f64(name: str, kernel: Tensor, eager: Tensor, f64: Tensor) -> None:
+    """|kernel - f64| <= 2 |eager - f64| + 4 eps |f64| + 1e-6 rowmax |f64|, element by element, all finite.
+
+    `eager` is the reference in the kernel's dtype and `f64` the reference in float64; a row is the last dimension.
+    The budget is twice what eager loses on the same element, so no tolerance is picked by hand; 4 eps covers the
+    rounding of the result, and the row term a sum taken in another order. Integers must be equal.
+    """
+    assert kernel.shape == eager.shape == f64.shape, (
+        f"{name}: shape {tuple(kernel.shape)}, eager {tuple(eager.shape)}, float64 {tuple(f64.shape)}"
+    )
+    assert kernel.dtype == eager.dtype, f"{name}: dtype {kernel.dtype}, eager {eager.dtype}"
+    if not kernel.is_floating_point():
+        assert torch.equal(kernel, eager) and torch.equal(eager, f64), f"{name}: integers differ from the reference"
+        return
+    first = 0
+    for k, e, f in zip(*(_chunks(t) for t in (kernel, eager, f64)), strict=True):
+        _assert_chunk(name, first, k, e, f, torch.finfo(kernel.dtype).eps)
+        first += len(k)
+
+
+def assert_same_f64(name: str, got: Tensor, want: Tensor) -> None:
+    """Two float64 results agree to `MODEL_F64` of the largest magnitude in the row (the last dimension).
+
+    Rows that are zero but for rounding are judged by 1e-3 of the largest magnitude in the whole tensor instead.
+    """
+    assert got.dtype == want.dtype == torch.float64, f"{name}: dtypes {got.dtype} and {want.dtype}, expected float64"
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    got, want = got.detach(), want.detach()
+    scale = torch.maximum(_row_max(want), 1e-3 * want.abs().max())
+    _fail_at_worst(name, got, want, (got - want).abs(), MODEL_F64 * scale.expand_as(want), extra="")
+
+
+def _assert_chunk(name: str, first: int, kernel: Tensor, eager: Tensor, f64: Tensor, eps: float) -> None:
+    kernel, eager, f64 = kernel.double(), eager.double(), f64.double()
+    budget = 2 * (eager - f64).abs() + 4 * eps * f64.abs() + 1e-6 * _row_max(f64)
+    _fail_at_worst(name, kernel, f64, (kernel - f64).abs(), budget, extra=eager, first=first)
+
+
+def _fail_at_worst(
+    name: str, got: Tensor, want: Tensor, error: Tensor, budget: Tensor, extra: Tensor | str, first: int = 0
+) -> None:
+    bad = ~(error <= budget)  # a NaN compares false, so it is bad
+    bad |= ~torch.isfinite(got)
+    if not bad.any():
+        return
+    excess = torch.where(torch.isfinite(got), error / budget.clamp_min(1e-300), torch.inf).nan_to_num(torch.inf)
+    worst = torch.where(bad, excess, -1.0).argmax()
+    index = [int(i) for i in torch.unravel_index(worst, got.shape)]
+    if index:
+        index[0] += first
+    eager = f", eager {extra.reshape(-1)[worst].item():.9g}" if isinstance(extra, Tensor) else ""
+    raise AssertionError(
+        f"{name}{index}: got {got.reshape(-1)[worst].item():.9g}{eager}, float64 {want.reshape(-1)[worst].item():.9g}; "
+        f"error {error.reshape(-1)[worst].item():.3g}, allowed {budget.reshape(-1)[worst].item():.3g}; "
+        f"{int(bad.sum())} of {bad.numel()} elements are out"
+    )
+
+
+def _row_max(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True) if x.ndim and x.numel() else x.abs()
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach()
+    if x.ndim < 2 or x.numel() <= _CHUNK:
+        return (x.reshape(-1) if x.ndim == 0 else x,)
+    return x.split(max(1, _CHUNK // x[0].numel()))
+
+
+CLOSE_F32 = 2e-4  # float32 code through tens of dependent operations against float64, of the largest magnitude
+
+
+def assert_close_f32(name: str, got: Tensor, want: Tensor) -> None:
+    """A float32 result of a long computation agrees with float64 to `CLOSE_F32` of the largest magnitude."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    worst = (got.detach().double() - want.double()).abs().max().item()
+    allowed = CLOSE_F32 * want.abs().max().item()
+    assert worst <= allowed, f"{name}: error {worst:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,82 @@
+"""The byte ledger adds up, and counts the code that is really run."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from niblick.artifact.container import read_container, write_artifact
+from niblick.artifact.ledger import byte_ledger, entropy_bytes, source_files, table_rows
+from niblick.artifact.quantize import quantize
+from niblick.model.config import ArtifactConfig, GPTConfig
+from niblick.model.gpt import GPT
+
+ROOT = Path(__file__).parents[1]
+CONFIG = GPTConfig(vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128,
+                   xsa_last_layers=4, loop_start=1, loop_end=2, parallel_start=3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ledger")
+    write_artifact(folder / "model.nbk", quantize(GPT(CONFIG).state_dict(), ArtifactConfig()), CONFIG)
+    for name, size in (("a.py", 1000), ("b.py", 234), ("tokenizer.model", 77)):
+        (folder / name).write_text("#" * size)
+    container = read_container(folder / "model.nbk")
+    code = [folder / "a.py", folder / "b.py"]
+    return container, byte_ledger(container, code, 300_000, folder / "tokenizer.model")
+
+
+def test_the_parts_add_up_to_the_file(ledger):
+    container, ledger = ledger
+    assert sum(s.coded_bytes for s in ledger.streams) + ledger.container_bytes == ledger.model_bytes == container.size
+    assert ledger.container_bytes > 60
+    assert (ledger.code_bytes, ledger.tokenizer_bytes) == (1234, 77) and 0 < ledger.code_brotli_bytes < 100
+    assert ledger.total_bytes == container.size + 1234
+
+
+def test_the_cap_is_inclusive_and_the_tokenizer_does_not_count(ledger):
+    _, ledger = ledger
+    assert ledger.fits
+    assert replace(ledger, cap_bytes=ledger.total_bytes).fits
+    assert not replace(ledger, cap_bytes=ledger.total_bytes - 1).fits
+
+
+def test_streams_hold_every_weight_once(ledger):
+    _, ledger = ledger
+    values = {s.name: (s.values, s.raw_bits) for s in ledger.streams}
+    assert values["embedding"] == (64 * 128, 7) and values["mlp_up_bank"] == (4 * 128 * 128, 6)
+    assert values["scales"] == (64 + 8 * 128 + 8 * 64 + 4 * 128 + 4 * 128, 16)
+    weights = sum(n for name, (n, _) in values.items() if name != "scales")
+    assert weights == sum(p.numel() for p in GPT(CONFIG).parameters())
+
+
+def test_entropy():
+    assert entropy_bytes(np.arange(256, dtype=np.uint8)) == 256
+    assert entropy_bytes(np.zeros(100, np.uint8)) == 0
+    assert entropy_bytes(np.array([3, 3, 3, 3, 250, 250, 7, 9], np.uint8)) == 8 * 1.75 / 8
+
+
+def test_rows_for_the_table(ledger):
+    _, ledger = ledger
+    rows = table_rows(ledger)
+    assert all(len(row) == 5 for row in rows)
+    assert ("total", "", "", "", f"{ledger.total_bytes:,}") in rows
+    assert ("left of 300,000", "", "", "", f"{300_000 - ledger.total_bytes:,}") in rows
+
+
+def test_source_files_are_those_that_evaluation_runs():
+    """The list read from the source holds every file of niblick that is loaded, and none of training alone."""
+    listed = source_files(ROOT / "evaluate.py")
+    script = "import sys, evaluate\nfor n, m in sys.modules.items():\n  if n.startswith('niblick.'): print(m.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    loaded = {Path(line).resolve() for line in output.stdout.split("\n") if line.endswith(".py")}
+    listed_paths = {path.resolve() for path in listed}
+    assert loaded < listed_paths and len(listed) == len(listed_paths)
+    assert ROOT / "evaluate.py" in listed_paths and ROOT / "kernels/ngram_tilt.py" in listed_paths
+    assert not {ROOT / "model/optim.py", ROOT / "data/prepare.py", ROOT / "train.py"} & listed_paths

@@ -1,0 +1,166 @@
+"""evaluate.py as its user meets it: a number from an artifact and a folder, or one line that says what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numerics import SCORE_NATS
+
+from niblick.artifact.container import write_artifact
+from niblick.artifact.quantize import quantize
+from niblick.data import shards, tokenizer
+from niblick.data.errors import DataError
+from niblick.evaluation.run import ValidationSet, evaluate_model
+from niblick.evaluation.windows import plain_windows
+from niblick.model.config import ArtifactConfig, EvalConfig, GPTConfig
+from niblick.model.gpt import GPT
+
+ROOT = Path(__file__).parents[1]
+V = 300
+CONFIG = GPTConfig(
+    vocab_size=V, num_layers=2, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128, max_segment=16,
+    loop_start=1, loop_end=1, parallel_start=1, smear_impl="reference",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    sys.path.remove(str(ROOT))
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two validation shards (the second cut in mid-document), a tokenizer, an artifact."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    words = np.random.default_rng(0).choice(["bogey", "par", "eagle", "niblick", "mashie", "spoon", "é"], (40, 12))
+    texts = [" ".join(row) for row in words]
+    tokenizer.train(texts, V, folder / "tokenizer.model")
+    processor = tokenizer.load(folder / "tokenizer.model", V)
+    stream = np.concatenate([tokenizer.encode_document(processor, text) for text in texts[:6]])
+    shards.write_shard(folder / "toy_val_000000.bin", stream[:50])
+    shards.write_shard(folder / "toy_val_000001.bin", stream[50:])
+    write_artifact(folder / "model.nbk", quantize(GPT(CONFIG, seed=1).state_dict(), ArtifactConfig()), CONFIG)
+    return folder
+
+
+def options(folder, *more: str) -> list[str]:
+    return [str(folder / "model.nbk"), "--data", str(folder), "--max-tokens", "45", "--device", "cpu", *more]
+
+
+def test_validation_set_counts_the_bytes_of_the_text(folder):
+    paths = shards.find_shards(folder, "val")
+    data = ValidationSet.load(paths, folder / "tokenizer.model", vocab_size=V)
+    processor = tokenizer.load(folder / "tokenizer.model")
+    text = tokenizer.decode_documents(processor, data.tokens)
+    assert len(data.tokens) == len(data.byte_counts) > 100
+    assert data.byte_counts.sum() == len(text) and data.byte_counts[0] == 0
+    cut = ValidationSet.load(paths, folder / "tokenizer.model", vocab_size=V, max_tokens=60)
+    assert cut.tokens.tolist() == data.tokens[:60].tolist()
+
+
+def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
+    out = tmp_path / "score.json"
+    assert evaluate.guarded(options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--out", str(out))) == 0
+    lines = out.read_text().splitlines()
+    result = json.loads(lines[0])
+    assert len(lines) == 1 and result["targets"] == 44 and result["sequence_length"] == 16
+    assert result["method"] == "sliding, stride 5" and result["attention"] == "plain" and result["tilt"] == "True"
+    # At the start the model knows nothing: about the uniform distribution over the vocabulary.
+    assert np.log(V - 30) < result["nats_per_token"] < np.log(V + 30)
+    nats = result["bits_per_byte"] * np.log(2) * result["bytes"]
+    assert abs(nats / 44 - result["nats_per_token"]) < SCORE_NATS
+    shown = capsys.readouterr().out
+    assert f"{result['bits_per_byte']:.6f}" in shown and "44" in shown
+
+
+def test_tail_and_weights_reach_the_scorer(evaluate, folder, tmp_path):
+    out = tmp_path / "score.json"
+    more = ["--tail", "drop", "--weights", "packed", "--sequence-length", "8", "--max-tokens", "15", "--out", str(out)]
+    assert evaluate.guarded(options(folder, *more)) == 0
+    result = json.loads(out.read_text())
+    assert result["targets"] == 8 and result["weights"] == "packed" and result["sequence_length"] == 8
+
+
+def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
+    from niblick.evaluation import run
+
+    seen = {}
+
+    def score(model, tokens, byte_counts, windows, **options):
+        seen.update(windows=windows, **options)
+        return run.Score(nll=1.0, n_targets=1, n_bytes=1, seconds=0.0)
+
+    monkeypatch.setattr(run, "score", score)
+    data = ValidationSet(np.ones(100, np.uint16), np.ones(100, np.int16))
+    evaluate_model(None, data, EvalConfig(sequence_length=32), method="plain", tail="drop", tilt=True)
+    assert seen["windows"] == plain_windows(96, 32) and (seen["hints"].tokens[20:] == 1).all()
+    evaluate_model(None, data, EvalConfig(sequence_length=32, stride=8), method="sliding")
+    assert len(seen["windows"]) == 10 and seen["hints"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methd", "plain"], "unknown option '--methd' (nearest: --method)"),
+        (["--strid=5"], "unknown option '--strid=5' (nearest: --stride)"),
+        (["--method", "sliding", "--stride", "17"], "stride: expected at most the sequence length 16, found 17"),
+        (["--method", "sliding", "--stride", "0"], "stride: expected at least 1, found 0"),
+        (["--tail", "drop", "--max-tokens", "16"], "expected at least one target, found none in 16 tokens"),
+        (["--max-tokens", "1"], "expected at least 2 held-out tokens, found 1"),
+        (["--attention", "fa4"], "model.attention fa4 needs a CUDA device"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model: cannot read the tokenizer"),
+        (["--data", "nowhere"], "nowhere: no val shards: expected"),
+        (["--sequence-length", "-3"], "sequence length: expected at least 1, found -3"),
+    ],
+)
+def test_bad_options_give_one_line_and_status_2(evaluate, folder, capsys, more, message):
+    assert evaluate.guarded(options(folder, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and message in error
+
+
+def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys):
+    def refused(*words: str) -> str:
+        assert evaluate.guarded([*words, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("evaluate.py: ") and error.count("\n") == 1
+        return error
+
+    artifact, data = str(folder / "model.nbk"), str(folder)
+    assert "No such file" in refused("nowhere.nbk", "--data", data)
+    (tmp_path / "cut.nbk").write_bytes((folder / "model.nbk").read_bytes()[:-1])
+    assert "cut.nbk: expected" in refused(str(tmp_path / "cut.nbk"), "--data", data)
+    shards.write_shard(tmp_path / "big_val_0.bin", np.array([1, V, 2], np.uint16))
+    model = str(folder / "tokenizer.model")
+    assert f"found {V}" in refused(artifact, "--data", str(tmp_path), "--tokenizer", model)
+    assert "expected one tokenizer *.model (or --tokenizer), found 0" in refused(artifact, "--data", str(tmp_path))
+    shards.write_shard(tmp_path / "big_val_0.bin", np.array([3, 4, 5], np.uint16))
+    assert "expected a document start" in refused(artifact, "--data", str(tmp_path), "--tokenizer", model)
+
+
+def test_cuda_without_a_card_is_refused(evaluate, folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluate.guarded(options(folder, "--device", "cuda")) == 2
+    assert "--device cuda: expected a CUDA device, found none" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(folder, tmp_path):
+    tokenizer.train(["bogey par eagle " * 30], 290, tmp_path / "other.model")
+    with pytest.raises(DataError, match="expected a tokenizer of 300 pieces, found 290"):
+        ValidationSet.load(shards.find_shards(folder, "val"), tmp_path / "other.model", vocab_size=V)
+
+
+def test_as_a_command(folder):
+    """A process of its own ends with status 2, nothing on stdout and no traceback."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), *options(folder, "--weigths", "packed")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "evaluate.py: unknown option '--weigths' (nearest: --weights)\n"

@@ -1,0 +1,179 @@
+"""Layout and edge cases of int6_linear and the faults that its contract must reject."""
+
+import numerics
+import pytest
+import torch
+from test_contract import DEVICE, TRITON_RUNS
+
+from niblick.kernels.int6_linear import (
+    SMALL_M,
+    int6_linear,
+    int6_linear_inputs,
+    int6_linear_ref,
+    int6_pack,
+    int6_unpack,
+)
+
+FAULTS = [
+    ("p0 & 63, OPERAND", "p0 & 31, OPERAND"),
+    ("((p1 >> 6) << 2)", "((p1 >> 6) << 4)"),
+    ("((p2 >> 6) << 4)", "((p2 >> 6) << 2)"),
+    ("packed_ptrs + 32, mask", "packed_ptrs + 64, mask"),  # the order of the planes
+    ("x_ptrs + 96", "x_ptrs + 64"),  # the fourth quarter on the columns of the third
+    ("(u - 32)", "(u - 31)"),
+    ("(acc * scale[None, :])", "acc"),
+    ("range(0, K, 128)", "range(128, K, 128)"),  # one group left out
+    ("x_ptrs += 128", "x_ptrs += 32"),
+    ("packed_ptrs += 96", "packed_ptrs += 64"),
+    ("x_mask = m[:, None] < M", "x_mask = m[:, None] < M - 1"),  # last row never written
+    ("n_mask = n < N", "n_mask = n < N - 1"),  # last column never written
+    ("tl.program_id(1) * BLOCK_M", "0 * tl.program_id(1)"),  # rows beyond the first 16 never written
+    (  # the GEMM path without scale
+        "return F.linear(x, _dequantise(packed, scale, x.dtype))\n    y",
+        "return F.linear(x, int6_unpack(packed).to(x.dtype))\n    y",
+    ),
+    ("dy @ _dequantise(packed, scale, dy.dtype)", "dy @ int6_unpack(packed).to(dy.dtype)"),  # gradient without scale
+    ("dy.new_empty((dy.shape[0], packed.shape[1] // 3 * 4))", "dy.new_empty((dy.shape[0], packed.shape[1]))"),
+]
+
+
+def random_q(N: int, K: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    return torch.randint(-31, 32, (N, K), generator=torch.Generator().manual_seed(N + K)).to(dtype)
+
+
+def test_layout_bit_by_bit() -> None:
+    """Where each bit of q[n, k] + 32 lies, stated bit by bit."""
+    q = random_q(3, 384)
+    packed = int6_pack(q)
+    assert packed.shape == (3, 288) and packed.dtype == torch.uint8 and packed.is_contiguous()
+    want = [[0] * 288 for _ in range(3)]
+    for n in range(3):
+        for k in range(384):
+            group, quarter, t = k // 128, k % 128 // 32, k % 32
+            for bit in range(6):
+                # the first three quarters fill the low bits of their own plane, the fourth two high bits of each
+                plane, place = (quarter, bit) if quarter < 3 else (bit // 2, 6 + bit % 2)
+                want[n][96 * group + 32 * plane + t] |= (int(q[n, k]) + 32 >> bit & 1) << place
+    assert packed.tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_round_trip(dtype: torch.dtype) -> None:
+    extremes = torch.tensor([[-31] * 128, [31] * 128, [0] * 128, [-31, 31] * 64, [-1, 0, 0, 1] * 32])
+    every = torch.arange(63).repeat(128 * 3)[: 128 * 3 * 63].view(63, 384) - 31
+    for q in (random_q(5, 256), extremes, every, random_q(128, 6).t(), random_q(0, 128)):
+        back = int6_unpack(int6_pack(q.to(dtype=dtype, device=DEVICE)))
+        assert back.dtype == torch.int8 and torch.equal(back.cpu(), q.to(torch.int8))
+
+
+@pytest.mark.parametrize("value", [32, -32, 127, -128])
+def test_pack_names_the_first_value_out_of_range(value: int) -> None:
+    q = random_q(4, 128)
+    q[2, 5], q[3, 0] = value, value
+    with pytest.raises(ValueError, match=rf"int6_pack: q must be in \[-31, 31\], got {value} at index \(2, 5\)"):
+        int6_pack(q.to(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("q", "error", "message"),
+    [
+        (torch.zeros(2, 128), TypeError, "q must be of integers, got torch.float32"),
+        (torch.zeros(2, 128, dtype=torch.bool), TypeError, "got torch.bool"),
+        (torch.zeros(128, dtype=torch.int8), ValueError, r"got \(128,\)"),
+        (torch.zeros(2, 192, dtype=torch.int8), ValueError, r"positive multiple of 128, got \(2, 192\)"),
+        (torch.zeros(2, 0, dtype=torch.int8), ValueError, r"got \(2, 0\)"),
+    ],
+)
+def test_pack_refuses(q: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"int6_pack: .*{message}"):
+        int6_pack(q)
+
+
+PACKED = torch.zeros(8, 192, dtype=torch.uint8)
+BAD_PACKED = [
+    (PACKED.to(torch.int8), TypeError, "packed must be torch.uint8, got torch.int8"),
+    (PACKED[0], ValueError, r"packed must be \(N, 3K/4\).*got \(192,\)"),
+    (PACKED[:, :95].contiguous(), ValueError, r"got \(8, 95\)"),
+    (PACKED[:, :0], ValueError, r"got \(8, 0\)"),
+    (PACKED[:, :96], ValueError, r"packed must be contiguous, got strides \(192, 1\)"),
+]
+BAD_LINEAR = [
+    ({"x": torch.zeros(2, 256).double()}, TypeError, "x must be bfloat16, float16 or float32, got torch.float64"),
+    ({"x": torch.zeros(2, 128)}, ValueError, r"x must be \(..., 256\) as packed is \(8, 192\), got \(2, 128\)"),
+    ({"x": torch.zeros(())}, ValueError, r"got \(\)"),
+    ({"x": torch.zeros(256, 2).t()}, ValueError, r"x must be contiguous, got \(2, 256\) with strides \(1, 2\)"),
+    ({"scale": torch.ones(8).bfloat16()}, TypeError, "scale must be float16 or float32, got torch.bfloat16"),
+    ({"scale": torch.ones(7)}, ValueError, r"scale must be contiguous \(8,\).*got \(7,\)"),
+    ({"scale": torch.ones(16)[::2]}, ValueError, r"scale must be contiguous \(8,\).*strides \(2,\)"),
+    ({"scale": torch.ones(8, device="meta")}, ValueError, "scale must be on .* as x, got meta"),
+    ({"packed": PACKED.to("meta")}, ValueError, "packed must be on .* as x, got meta"),
+    ({"scale": torch.ones(8, requires_grad=True)}, ValueError, "scale has no gradient"),
+]
+
+
+@pytest.mark.parametrize(("packed", "error", "message"), BAD_PACKED)
+def test_unpack_refuses(packed: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"int6_unpack: .*{message}"):
+        int6_unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD_LINEAR + [({"packed": packed}, *rest) for packed, *rest in BAD_PACKED]
+)
+def test_linear_refuses(change: dict, error: type[Exception], message: str) -> None:
+    good = {"x": torch.zeros(2, 256), "packed": PACKED, "scale": torch.ones(8)}
+    with pytest.raises(error, match=f"int6_linear: .*{message}"):
+        int6_linear(**good | change)
+
+
+@pytest.mark.parametrize("M", [1, 15, 16, 17, SMALL_M, SMALL_M + 1])
+def test_any_number_of_rows(M: int) -> None:
+    with torch.no_grad():
+        inputs = int6_linear_inputs((M, 35, 256), torch.float32, DEVICE, seed=M)
+        wide = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
+        got, eager, f64 = int6_linear(**inputs), int6_linear_ref(**inputs), int6_linear_ref(**wide)
+    numerics.assert_matches_f64("int6_linear", got, eager, f64)
+
+
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (0, 256), (2, 0, 256), (70, 2, 256)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    inputs = int6_linear_inputs((140, 5, 256), torch.float32, DEVICE)
+    x = inputs["x"].detach()[: torch.Size(shape[:-1]).numel()]
+    y = int6_linear(**inputs | {"x": x.view(shape)})
+    assert y.shape == (*shape[:-1], 5) and torch.equal(y.view(-1, 5), int6_linear(**inputs | {"x": x}))
+
+
+def test_no_output_columns() -> None:
+    empty = {"packed": torch.empty(0, 192, dtype=torch.uint8), "scale": torch.empty(0)}
+    x = torch.randn(3, 256, device=DEVICE, requires_grad=True)
+    y = int6_linear(x, **{key: value.to(DEVICE) for key, value in empty.items()})
+    assert y.shape == (3, 0)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
+@pytest.mark.skipif(not TRITON_RUNS, reason="the eager reference rounds its weights")
+def test_weights_are_not_rounded() -> None:
+    """Integers times integers, then one scale that no bfloat16 holds: only y itself is rounded.
+
+    With rounded weights the sums that nearly cancel, a few of the thousand, would be out.
+    """
+    packed = int6_linear_inputs((4, 64, 512), torch.bfloat16, DEVICE)["packed"]
+    x = torch.randint(-99, 100, (16, 512), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    scale = torch.full((64,), 1.005859375, dtype=torch.float16, device=DEVICE)
+    exact = x.double() @ int6_unpack(packed).double().t() * scale.double()
+    numerics.assert_matches_f64("int6_linear", int6_linear(x, packed, scale), exact.bfloat16(), exact)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32() -> None:
+    """Beyond 2^31 packed bytes and elements of y the last columns are those of a small product."""
+    M, N, K = SMALL_M, 2**25 + 8, 128
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of free GPU memory")
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    packed = torch.randint(0, 256, (N, 3 * K // 4), device="cuda", dtype=torch.uint8)
+    scale = torch.rand(N, device="cuda")
+    y = int6_linear(x, packed, scale)
+    assert y.numel() > 2**31 and packed.numel() > 2**31
+    assert torch.equal(y[:, -100:], int6_linear(x, packed[-100:], scale[-100:]))

@@ -1,0 +1,325 @@
+"""The main job: preset -> data -> training inside the budget -> quantised artifact -> reloaded -> bits per byte.
+
+    python train.py [PRESET] [--section.option value ...] [--resume]
+
+Presets are in model/presets.py (default: demo); every field of model/config.py is an option. Under torchrun every
+process is one rank and one GPU; rank 0 prepares the data, writes, scores and prints.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from niblick.artifact.container import read_container, write_artifact
+from niblick.artifact.errors import ArtifactError
+from niblick.artifact.ledger import byte_ledger, source_files, table_rows
+from niblick.artifact.load import load_model, set_weights
+from niblick.artifact.quantize import quantize
+from niblick.data import loaders
+from niblick.data import tokenizer as tokenizers
+from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
+from niblick.data.errors import DataError
+from niblick.data.prepare import Prepared, prepare
+from niblick.data.shards import read_shard
+from niblick.evaluation.run import ValidationSet, evaluate_model
+from niblick.model.attention import choose_attention
+from niblick.model.checkpoint import load_checkpoint, save_checkpoint
+from niblick.model.config import ConfigError, Preset
+from niblick.model.gpt import GPT
+from niblick.model.presets import PRESETS
+from niblick.model.progress import ProgressLine
+from niblick.model.runlog import RunLog, environment
+from niblick.model.schedule import Clock
+from niblick.model.training import Position, Trainer, train
+
+CHECKPOINT, ARTIFACT, LOG = "checkpoint.safetensors", "artifact.nbk", "log.jsonl"
+
+
+class Launch(NamedTuple):
+    """Facts of the launch: this process's place and device, and the resolved precision and compilation."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[str, Preset]:
+    """The preset named first (demo if none is) with the options laid over it. Unknown names are refused."""
+    name, rest = ("demo", arguments)
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+    rest = ["--run.resume" if word == "--resume" else word for word in rest]
+    preset, unknown = tyro.cli(
+        Preset, default=PRESETS[name], args=rest, prog=f"train.py {name}", return_unknown_args=True
+    )
+    if unknown:
+        options = [f"--{path}".replace("_", "-") for path in _field_paths(Preset)]
+        raise ConfigError(f"unknown option {unknown[0]!r}{_nearest(unknown[0].split('=')[0], options)}")
+    return name, preset
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _field_paths(cls: type, prefix: str = "") -> list[str]:
+    paths = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            paths += _field_paths(field.type, f"{prefix}{field.name}.")
+        else:
+            paths.append(f"{prefix}{field.name}")
+    return paths
+
+
+# ---- launch ------------------------------------------------------------------------------------------------------------
+
+
+def launch(preset: Preset) -> Launch:
+    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    wanted, run = preset.run.device, preset.run
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device cuda: expected a CUDA device, found none (--run.device cpu trains without one)")
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    preset.batch.accumulation(world_size)
+    if world_size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    half = run.precision == "bf16" or (run.precision == "auto" and cuda)
+    compile = run.compile == "on" or (run.compile == "auto" and cuda)
+    return Launch(rank, world_size, device, torch.bfloat16 if half else torch.float32, compile)
+
+
+def prepare_data(preset: Preset, here: Launch) -> Prepared:
+    """Rank 0 prepares while the others wait; then all read the same folder."""
+    data = preset.data
+    key = hashlib.sha256(f"{data.source}|{data.tokenizer}|{preset.model.vocab_size}".encode()).hexdigest()[:8]
+    folder = Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}"
+
+    def run() -> Prepared:
+        return prepare(
+            data.source, folder, vocab_size=preset.model.vocab_size, tokenizer=data.tokenizer or None,
+            shard_tokens=data.shard_tokens, held_out=data.held_out, order=data.order,
+            max_val_tokens=data.max_val_tokens or None,
+        )
+
+    prepared = run() if here.rank == 0 else None
+    if here.world_size > 1:
+        dist.barrier()
+    return prepared or run()
+
+
+def make_loader(preset: Preset, prepared: Prepared, here: Launch, cursor: dict | None):
+    model, data = preset.model, preset.data
+    options = dict(
+        rank=here.rank, world_size=here.world_size, prefetch=data.prefetch, vocab_size=model.vocab_size,
+        pin_memory=here.device.type == "cuda", cursor=cursor,
+    )
+    n = preset.batch.tokens_per_micro_step
+    if data.loader == "documents":
+        return loaders.DocumentLoader(prepared.train, n, bos_id=model.bos_id, max_document=model.max_segment, **options)
+    kind = loaders.SequenceLoader if data.loader == "sequences" else loaders.StreamLoader
+    return kind(prepared.train, n, sequence_length=model.max_segment, **options)
+
+
+# ---- the job -----------------------------------------------------------------------------------------------------------
+
+
+class Stages:
+    """Seconds a stage, printed and logged as each ends."""
+
+    def __init__(self, log: RunLog | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._log = log
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        if self._log:
+            self._log.write("stage", name=name, seconds=round(self.seconds[name], 3))
+            print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    name, preset = parse(arguments)
+    here = launch(preset)
+    out = Path(preset.run.out)
+    log = RunLog(out / LOG) if here.rank == 0 else None
+    if log:
+        log.write("start", preset=name, config=dataclasses.asdict(preset), **environment(here.device),
+                  world_size=here.world_size, dtype=str(here.dtype), compile=here.compile)
+    stages = Stages(log)
+    with stages.stage("data"):
+        prepared = prepare_data(preset, here)
+    with stages.stage("model"):
+        model, rung = build_model(preset, here)
+        trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
+        position = restore(trainer, out / CHECKPOINT) if preset.run.resume else Position()
+    if log:
+        n_parameters = sum(p.numel() for p in model.parameters())
+        log.write("model", parameters=n_parameters, attention=rung, **position_fields(position))
+        start = f"resumed at step {position.step}, {position.elapsed_s:.1f} s" if position.step else "from the start"
+        print(f"{name}: {n_parameters:,} parameters, attention {rung}, {here.world_size} x {here.device.type}, "
+              f"{trainer.accumulation} micro-step(s) a step, {start}", flush=True)
+    with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
+        trainer.warm_up(batches)
+    with stages.stage("training"):
+        position = run_clock(trainer, prepared, here, position, log)
+    if here.rank == 0:
+        finish(trainer, prepared, here, position, stages, log)
+    if here.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
+    model = GPT(preset.model, seed=preset.run.seed, dtype=here.dtype).to(here.device)
+    rung, model.attend = choose_attention(preset.model.attention, here.device, here.dtype)
+    return model, rung
+
+
+def restore(trainer: Trainer, path: Path) -> Position:
+    tensors, position = load_checkpoint(path, trainer.preset)
+    trainer.load_state_dict(tensors)
+    return position
+
+
+def position_fields(position: Position) -> dict[str, object]:
+    return {"step": position.step, "elapsed_s": round(position.elapsed_s, 3)}
+
+
+def run_clock(trainer: Trainer, prepared: Prepared, here: Launch, position: Position, log: RunLog | None) -> Position:
+    """Train until the clock runs out, with a progress line, log records and checkpoints on rank 0."""
+    preset = trainer.preset
+    clock = Clock(here.device, here.world_size, position.elapsed_s)
+    path = Path(preset.run.out) / CHECKPOINT
+    saved_at = position.elapsed_s
+    with make_loader(preset, prepared, here, position.cursor) as batches, ProgressLine(preset.schedule, log) as line:
+
+        def on_step(position: Position) -> None:
+            nonlocal saved_at
+            line.update(position.step, clock.elapsed_s, clock.loss)
+            # Every rank has the same elapsed_s, so every rank takes this branch at the same step.
+            if preset.run.checkpoint_every_s and clock.elapsed_s - saved_at >= preset.run.checkpoint_every_s:
+                clock.drain()
+                position.elapsed_s = saved_at = clock.elapsed_s
+                if log:  # rank 0; the others stand at the same place with the same state
+                    save_checkpoint(path, trainer.state_dict(), position, preset)
+                    log.write("checkpoint", **position_fields(position))
+
+        position = train(trainer, batches, clock, position, on_step)
+        line.update(position.step, clock.elapsed_s, clock.loss, final=True)
+    return position
+
+
+# ---- after the clock ---------------------------------------------------------------------------------------------------
+
+
+def finish(
+    trainer: Trainer, prepared: Prepared, here: Launch, position: Position, stages: Stages, log: RunLog
+) -> None:
+    """Average -> score -> quantise -> score -> write -> reload -> score -> the tables."""
+    preset, model = trainer.preset, trainer.model
+    path = Path(preset.run.out) / ARTIFACT
+    trainer.ema.copy_to(model)
+    model.eval()
+    held_out = ValidationSet.load(
+        prepared.val, prepared.tokenizer, vocab_size=preset.model.vocab_size, bos_id=preset.model.bos_id
+    )
+
+    def score(stage: str, scored: GPT) -> float:
+        with stages.stage(stage):
+            result = evaluate_model(scored, held_out, preset.evaluation)
+        log.write("score", name=stage, bits_per_byte=result.bits_per_byte, nats_per_token=result.nats_per_token)
+        return result.bits_per_byte
+
+    bits = {"before quantisation": score("score before quantisation", model)}
+    with stages.stage("quantise"):
+        quantized = quantize(model.state_dict(), preset.artifact)
+        set_weights(model, quantized)
+    bits["after quantisation"] = score("score after quantisation", model)
+    with stages.stage("write"):
+        write_artifact(path, quantized, preset.model)
+    with stages.stage("reload"):
+        reloaded, _ = load_model(path, here.device, here.dtype, attention=preset.model.attention)
+    bits["after reload"] = score("score after reload", reloaded)
+    with stages.stage("yardsticks"):
+        yardsticks = baselines(prepared, held_out)
+    ledger = byte_ledger(
+        read_container(path), source_files(Path(__file__).with_name("evaluate.py")), preset.artifact.cap_bytes,
+        prepared.tokenizer,
+    )
+    log.write("end of run", bits_per_byte=bits, yardsticks=yardsticks, model_bytes=ledger.model_bytes,
+              code_bytes=ledger.code_bytes, fits=ledger.fits, seconds=stages.seconds, **position_fields(position))
+    report(bits, yardsticks, ledger, position, stages, path)
+
+
+def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
+    """Bits per byte that far simpler means reach on the same held-out text."""
+    counts = np.zeros(prepared.vocab_size, np.int64)
+    for shard in prepared.train:
+        counts += np.bincount(read_shard(shard), minlength=prepared.vocab_size)
+    targets = held_out.tokens[1:]
+    processor = tokenizers.load(prepared.tokenizer, prepared.vocab_size)
+    text = tokenizers.decode_documents(processor, held_out.tokens)
+    unigram = token_unigram_bits_per_byte(counts, targets, float(held_out.byte_counts.sum(dtype=np.int64)))
+    return {"token unigram": unigram} | compressor_bits_per_byte(text)
+
+
+def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path) -> None:
+    console = Console()
+    scores = Table("bits per byte", "", title="Score on the held-out text")
+    for name, value in (bits | yardsticks).items():
+        scores.add_row(name, f"{value:.4f}")
+    size = Table("stream", "values", "bits", "entropy B", "bytes", title="Bytes")
+    for row in table_rows(ledger):
+        size.add_row(*row)
+    run = Table("stage", "seconds", title=f"{position.step} steps, {1e3 * position.elapsed_s / position.step:.1f} ms/step")
+    for name, seconds in stages.seconds.items():
+        run.add_row(name, f"{seconds:.1f}")
+    for table in (run, size, scores):
+        console.print(table)
+    print(f"artifact: {path}")
+    if not ledger.fits:
+        print(f"over the cap: expected at most {ledger.cap_bytes:,} bytes of model and code, found {ledger.total_bytes:,}")
+
+
+def guarded(arguments: list[str]) -> int:
+    """`main` with bad input turned into one line on stderr and status 2."""
+    try:
+        main(arguments)
+    except (ArtifactError, ConfigError, DataError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(sys.argv[1:]))

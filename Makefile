@@ -19,6 +19,7 @@ bench: $(VENV)/.train
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 $(VENV)/.train: setup.py constraints.txt | check
 	$(PYTHON) -m venv $(VENV)

@@ -6,8 +6,6 @@ FOLDER holds validation shards and a tokenizer: what `niblick.data.download` fet
 under cache/. Exit status 2 and one line for anything that cannot be scored.
 """
 
-import dataclasses
-import difflib
 import json
 import sys
 import time
@@ -21,10 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import Weights, load_model
-from niblick.data.errors import DataError
+from niblick.data import tokenizer as tokenizers
 from niblick.data.shards import find_shards
+from niblick.evaluation.command_line import guarded, parse
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.score import Score
 from niblick.evaluation.windows import Method, Tail
@@ -65,12 +63,12 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     began = time.perf_counter()
-    arguments = parse(words)
+    arguments = parse(Arguments, words, script="evaluate.py", about=__doc__)
     device, dtype = choose_device(arguments.device)
     model, rung = load_model(arguments.artifact, device, dtype, arguments.weights, arguments.attention)
     data = ValidationSet.load(
         find_shards(arguments.data, "val"),
-        arguments.tokenizer or find_tokenizer(arguments.data),
+        arguments.tokenizer or tokenizers.find(arguments.data),
         vocab_size=model.config.vocab_size,
         bos_id=model.config.bos_id,
         max_tokens=arguments.max_tokens,
@@ -85,18 +83,6 @@ def main(words: list[str]) -> None:
     report(summary(score, rung, str(device), time.perf_counter() - began, config, arguments), arguments.out)
 
 
-def parse(words: list[str]) -> Arguments:
-    """Options; ConfigError naming the nearest known one for an unknown one. tyro itself exits with status 2."""
-    arguments, unknown = tyro.cli(
-        Arguments, args=words, prog="evaluate.py", description=__doc__, return_unknown_args=True
-    )
-    if unknown:
-        options = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Arguments)[1:]]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown option {unknown[0]!r} (nearest: {nearest[0]})")
-    return arguments
-
-
 def choose_device(wanted: str) -> tuple[torch.device, torch.dtype]:
     """bf16 on a GPU, float32 on a CPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -105,14 +91,6 @@ def choose_device(wanted: str) -> tuple[torch.device, torch.dtype]:
         return torch.device("cpu"), torch.float32
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda"), torch.bfloat16
-
-
-def find_tokenizer(data: Path) -> Path:
-    folder = data if data.is_dir() else data.parent
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise DataError(f"{folder}: expected one tokenizer *.model (or --tokenizer), found {len(models)}")
-    return models[0]
 
 
 def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments) -> Score:
@@ -165,15 +143,5 @@ def report(result: dict[str, object], out: Path | None) -> None:
         write_atomically(out, lambda file: file.write(line.encode()))
 
 
-def guarded(words: list[str]) -> int:
-    """`main` with bad input turned into one line on stderr and status 2."""
-    try:
-        main(words)
-    except (ArtifactError, ConfigError, DataError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(guarded("evaluate.py", main, sys.argv[1:]))

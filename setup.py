@@ -18,7 +18,15 @@ setup(
     package_dir={f"niblick.{room}": room for room in ROOMS},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'", "numpy>=1.26"],
     extras_require={
-        "train": ["sentencepiece", "brotli", "constriction", "tyro>=1.0", "rich", "safetensors", "huggingface-hub"],
+        "train": [
+            "sentencepiece",
+            "brotli>=1.2",
+            "constriction",
+            "tyro>=1.0",
+            "rich",
+            "safetensors",
+            "huggingface-hub",
+        ],
         "bench": ["pytest-benchmark", "matplotlib", "nvidia-ml-py", "liger-kernel", "cut-cross-entropy"],
         "flash": ["flash-attn-4"],
         "test": ["pytest", "pytest-xdist", "hypothesis"],

@@ -7,7 +7,6 @@ process is one rank and one GPU; rank 0 prepares the data, writes, scores and pr
 """
 
 import dataclasses
-import difflib
 import hashlib
 import os
 import sys
@@ -19,21 +18,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from niblick.artifact.container import read_container, write_artifact
-from niblick.artifact.errors import ArtifactError
 from niblick.artifact.ledger import byte_ledger, source_files, table_rows
 from niblick.artifact.load import load_model, set_weights
 from niblick.artifact.quantize import quantize
 from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
 from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
-from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare
 from niblick.data.shards import read_shard
+from niblick.evaluation.command_line import guarded, nearest, parse
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import choose_attention
 from niblick.model.checkpoint import load_checkpoint, save_checkpoint
@@ -58,47 +55,27 @@ class Launch(NamedTuple):
     compile: bool
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> tuple[str, Preset]:
+def parse_preset(words: list[str]) -> tuple[str, Preset]:
     """The preset named first (demo if none is) with the options laid over it. Unknown names are refused."""
-    name, rest = ("demo", arguments)
-    if arguments and not arguments[0].startswith("-"):
-        name, rest = arguments[0], arguments[1:]
+    name, rest = ("demo", words)
+    if words and not words[0].startswith("-"):
+        name, rest = words[0], words[1:]
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     rest = ["--run.resume" if word == "--resume" else word for word in rest]
-    preset, unknown = tyro.cli(
-        Preset, default=PRESETS[name], args=rest, prog=f"train.py {name}", return_unknown_args=True
-    )
-    if unknown:
-        options = [f"--{path}".replace("_", "-") for path in _field_paths(Preset)]
-        raise ConfigError(f"unknown option {unknown[0]!r}{_nearest(unknown[0].split('=')[0], options)}")
-    return name, preset
+    return name, parse(Preset, rest, script=f"train.py {name}", default=PRESETS[name], about=__doc__)
 
 
-def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def _field_paths(cls: type, prefix: str = "") -> list[str]:
-    paths = []
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            paths += _field_paths(field.type, f"{prefix}{field.name}.")
-        else:
-            paths.append(f"{prefix}{field.name}")
-    return paths
-
-
-# ---- launch ------------------------------------------------------------------------------------------------------------
+# ---- launch --------------------------------------------------------------------------------------------------------
 
 
 def launch(preset: Preset) -> Launch:
-    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     wanted, run = preset.run.device, preset.run
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device cuda: expected a CUDA device, found none (--run.device cpu trains without one)")
@@ -123,8 +100,13 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
 
     def run() -> Prepared:
         return prepare(
-            data.source, folder, vocab_size=preset.model.vocab_size, tokenizer=data.tokenizer or None,
-            shard_tokens=data.shard_tokens, held_out=data.held_out, order=data.order,
+            data.source,
+            folder,
+            vocab_size=preset.model.vocab_size,
+            tokenizer=data.tokenizer or None,
+            shard_tokens=data.shard_tokens,
+            held_out=data.held_out,
+            order=data.order,
             max_val_tokens=data.max_val_tokens or None,
         )
 
@@ -137,8 +119,12 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
 def make_loader(preset: Preset, prepared: Prepared, here: Launch, cursor: dict | None):
     model, data = preset.model, preset.data
     options = dict(
-        rank=here.rank, world_size=here.world_size, prefetch=data.prefetch, vocab_size=model.vocab_size,
-        pin_memory=here.device.type == "cuda", cursor=cursor,
+        rank=here.rank,
+        world_size=here.world_size,
+        prefetch=data.prefetch,
+        vocab_size=model.vocab_size,
+        pin_memory=here.device.type == "cuda",
+        cursor=cursor,
     )
     n = preset.batch.tokens_per_micro_step
     if data.loader == "documents":
@@ -147,7 +133,7 @@ def make_loader(preset: Preset, prepared: Prepared, here: Launch, cursor: dict |
     return kind(prepared.train, n, sequence_length=model.max_segment, **options)
 
 
-# ---- the job -----------------------------------------------------------------------------------------------------------
+# ---- the job -------------------------------------------------------------------------------------------------------
 
 
 class Stages:
@@ -167,14 +153,21 @@ class Stages:
             print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    name, preset = parse(arguments)
+def main(words: list[str]) -> None:
+    name, preset = parse_preset(words)
     here = launch(preset)
     out = Path(preset.run.out)
     log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
-        log.write("start", preset=name, config=dataclasses.asdict(preset), **environment(here.device),
-                  world_size=here.world_size, dtype=str(here.dtype), compile=here.compile)
+        log.write(
+            "start",
+            preset=name,
+            config=dataclasses.asdict(preset),
+            **environment(here.device),
+            world_size=here.world_size,
+            dtype=str(here.dtype),
+            compile=here.compile,
+        )
     stages = Stages(log)
     with stages.stage("data"):
         prepared = prepare_data(preset, here)
@@ -186,8 +179,11 @@ def main(arguments: list[str]) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         log.write("model", parameters=n_parameters, attention=rung, **position_fields(position))
         start = f"resumed at step {position.step}, {position.elapsed_s:.1f} s" if position.step else "from the start"
-        print(f"{name}: {n_parameters:,} parameters, attention {rung}, {here.world_size} x {here.device.type}, "
-              f"{trainer.accumulation} micro-step(s) a step, {start}", flush=True)
+        print(
+            f"{name}: {n_parameters:,} parameters, attention {rung}, {here.world_size} x {here.device.type}, "
+            f"{trainer.accumulation} micro-step(s) a step, {start}",
+            flush=True,
+        )
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
     with stages.stage("training"):
@@ -239,12 +235,10 @@ def run_clock(trainer: Trainer, prepared: Prepared, here: Launch, position: Posi
     return position
 
 
-# ---- after the clock ---------------------------------------------------------------------------------------------------
+# ---- after the clock -----------------------------------------------------------------------------------------------
 
 
-def finish(
-    trainer: Trainer, prepared: Prepared, here: Launch, position: Position, stages: Stages, log: RunLog
-) -> None:
+def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Position, stages: Stages, log: RunLog) -> None:
     """Average -> score -> quantise -> score -> write -> reload -> score -> the tables."""
     preset, model = trainer.preset, trainer.model
     path = Path(preset.run.out) / ARTIFACT
@@ -273,12 +267,24 @@ def finish(
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
     ledger = byte_ledger(
-        read_container(path), source_files(Path(__file__).with_name("evaluate.py")), preset.artifact.cap_bytes,
+        read_container(path),
+        source_files(Path(__file__).with_name("evaluate.py")),
+        preset.artifact.cap_bytes,
         prepared.tokenizer,
     )
-    log.write("end of run", bits_per_byte=bits, yardsticks=yardsticks, model_bytes=ledger.model_bytes,
-              code_bytes=ledger.code_bytes, fits=ledger.fits, seconds=stages.seconds, **position_fields(position))
+    log.write(
+        "end of run",
+        bits_per_byte=bits,
+        yardsticks=yardsticks,
+        model_bytes=ledger.model_bytes,
+        code_bytes=ledger.code_bytes,
+        fits=ledger.fits,
+        seconds=stages.seconds,
+        **position_fields(position),
+    )
     report(bits, yardsticks, ledger, position, stages, path)
+    seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
+    print(f"evaluation (reload and score): {seconds:.1f} s of {preset.evaluation.budget_s:.0f} s")
 
 
 def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
@@ -301,25 +307,18 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
     size = Table("stream", "values", "bits", "entropy B", "bytes", title="Bytes")
     for row in table_rows(ledger):
         size.add_row(*row)
-    run = Table("stage", "seconds", title=f"{position.step} steps, {1e3 * position.elapsed_s / position.step:.1f} ms/step")
+    ms = 1e3 * position.elapsed_s / position.step
+    run = Table("stage", "seconds", title=f"{position.step} steps, {ms:.1f} ms/step")
     for name, seconds in stages.seconds.items():
         run.add_row(name, f"{seconds:.1f}")
     for table in (run, size, scores):
         console.print(table)
     print(f"artifact: {path}")
     if not ledger.fits:
-        print(f"over the cap: expected at most {ledger.cap_bytes:,} bytes of model and code, found {ledger.total_bytes:,}")
-
-
-def guarded(arguments: list[str]) -> int:
-    """`main` with bad input turned into one line on stderr and status 2."""
-    try:
-        main(arguments)
-    except (ArtifactError, ConfigError, DataError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(
+            f"OVER THE CAP: expected at most {ledger.cap_bytes:,} bytes of model and code, found {ledger.total_bytes:,}"
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(guarded("train.py", main, sys.argv[1:]))

@@ -25,6 +25,7 @@ The size of every stream follows from the shapes, so nothing is decompressed bey
 import hashlib
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -58,7 +59,9 @@ class Container:
 
 def write_artifact(path: str | Path, quantized: Quantized, config: GPTConfig) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file. OSError."""
-    coded = {name: brotli.compress(data, quality=11) for name, data in _raw_streams(quantized).items()}
+    raw = _raw_streams(quantized)
+    with ThreadPoolExecutor() as pool:  # brotli lets go of the interpreter, so streams are coded side by side
+        coded = dict(zip(raw, pool.map(lambda data: brotli.compress(data, quality=11), raw.values()), strict=True))
     entries = [
         Entry(name, 0, tuple(t.shape)) if isinstance(t, Tensor) else Entry(name, t.bits, tuple(t.q.shape))
         for name, t in quantized.items()

@@ -95,7 +95,7 @@ def ready(
     Every shard's header and first BOS are checked, and the validation ids; training ids are checked as they are read.
     """
     _check_order(order)
-    model = Path(tokenizer) if tokenizer else _only_model(Path(folder))
+    model = Path(tokenizer) if tokenizer else tokenizers.find(folder)
     vocab_size = tokenizers.load(model, vocab_size).vocab_size()
     train, val = shards.find_shards(folder, "train"), shards.find_shards(folder, "val")
     counts = {}
@@ -130,13 +130,6 @@ def order_shards(paths: list[Path], order: str) -> tuple[Path, ...]:
 def _check_order(order: str) -> None:
     if order not in ORDERS:
         raise DataError(f"shard order: expected one of {', '.join(ORDERS)}, found {order!r}")
-
-
-def _only_model(folder: Path) -> Path:
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise DataError(f"{folder}: expected exactly one tokenizer *.model (or its path), found {len(models)}")
-    return models[0]
 
 
 def _fingerprint(source: str | Path, tokenizer: str | Path | None, settings: _Settings) -> str:

@@ -105,6 +105,15 @@ def _training_failure(message: str, vocab_size: int) -> str:
     return f"tokenizer: training failed: {' '.join(message.split())}"
 
 
+def find(data: str | Path) -> Path:
+    """The one SentencePiece model in a folder of shards, or in the folder of a pattern that matches them."""
+    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise DataError(f"{folder}: expected exactly one tokenizer *.model (or its path), found {len(models)}")
+    return models[0]
+
+
 def load(path: str | Path, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
     """Loads a tokenizer and checks it: its size (where given), the four special ids, and that the space is a piece.
 

@@ -118,9 +118,10 @@ def token_nll(model: GPT, packed: Packed, tokens: np.ndarray, hints: Hints | Non
 
 
 def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, hints: Tensor, betas: Tensor) -> Tensor:
-    logits = F.linear(hidden, model.embedding)
+    logits = model.head(hidden)
     if model.config.asymmetric_softcap:
-        return F.cross_entropy(asymmetric_softcap(logits, *model.softcaps()), targets, reduction="none")
+        capped = asymmetric_softcap(logits, model.softcap_positive, model.softcap_negative)
+        return F.cross_entropy(capped, targets, reduction="none")
     return ngram_tilt(logits, targets, hints, betas, model.config.softcap)
 
 

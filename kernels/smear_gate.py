@@ -126,7 +126,9 @@ def _smear_gate_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)[None, :]
-    head, s, m = _smear_gate(rows, x_ptr, weight_ptr, token_ids_ptr, stride_x, stride_token, N, W, bos_id, BLOCK_W, WIDE)
+    head, s, m = _smear_gate(
+        rows, x_ptr, weight_ptr, token_ids_ptr, stride_x, stride_token, N, W, bos_id, BLOCK_W, WIDE
+    )
     _, s_next, m_next = _smear_gate(
         rows + 1, x_ptr, weight_ptr, token_ids_ptr, stride_x, stride_token, N, W, bos_id, BLOCK_W, WIDE
     )

@@ -7,7 +7,9 @@ cu_seqlens[s] .. cu_seqlens[s+1] (int32, trailing empty segments allowed). Token
 The ladder is FlashAttention-4 -> 3 -> 2 -> torch's own; `plain` is the loop over segments that a CPU uses.
 """
 
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,9 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     if name == "plain" or (name == "auto" and not flash_possible):
         return "plain", attend_plain
     if not flash_possible:
-        raise ConfigError(f"model.attention {name} needs a CUDA device and 16-bit activations: got {device} and {dtype}")
+        raise ConfigError(
+            f"model.attention {name} needs a CUDA device and 16-bit activations: got {device} and {dtype}"
+        )
     reasons = []
     for rung in LADDER if name == "auto" else (name,):
         try:
@@ -40,7 +44,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segmen
     """Segment by segment through torch's scaled_dot_product_attention; any dtype; reads cu_seqlens on the host."""
     bounds = cu_seqlens.tolist()
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if start == end:
             continue
         one = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
@@ -81,8 +85,16 @@ def _load_fa3(device: torch.device) -> Attend:
 
 def _from_varlen_func(varlen_func: Callable) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> Tensor:
-        y = varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                        max_seqlen_q=max_segment, max_seqlen_k=max_segment, causal=True)
+        y = varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_segment,
+            max_seqlen_k=max_segment,
+            causal=True,
+        )
         return y[0] if isinstance(y, tuple) else y
 
     return attend
@@ -92,6 +104,7 @@ def _load_fa4(device: torch.device) -> Attend:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     _require_capability(device, (9, 0))
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # of its own JIT about its own arguments
     return _register_fa4(_flash_attn_fwd, _flash_attn_bwd)
 
 
@@ -100,8 +113,17 @@ def _register_fa4(forward: Callable, backward: Callable) -> Attend:
 
     @torch.library.custom_op("niblick::attention_fa4", mutates_args=(), device_types="cuda")
     def op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> tuple[Tensor, Tensor]:
-        y, lse, *_ = forward(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                             max_seqlen_q=max_segment, max_seqlen_k=max_segment, causal=True, return_lse=True)
+        y, lse, *_ = forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_segment,
+            max_seqlen_k=max_segment,
+            causal=True,
+            return_lse=True,
+        )
         return y, lse
 
     @op.register_fake
@@ -112,8 +134,19 @@ def _register_fa4(forward: Callable, backward: Callable) -> Attend:
     def op_backward(
         dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, max_segment: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv, *_ = backward(q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                                  max_seqlen_q=max_segment, max_seqlen_k=max_segment)
+        dq, dk, dv, *_ = backward(
+            q,
+            k,
+            v,
+            y,
+            dy,
+            lse,
+            causal=True,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_segment,
+            max_seqlen_k=max_segment,
+        )
         return dq, dk, dv
 
     @op_backward.register_fake

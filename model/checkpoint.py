@@ -37,7 +37,9 @@ def load_checkpoint(path: Path, preset: Preset) -> tuple[dict[str, Tensor], Posi
             record = json.loads(file.metadata()["niblick"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: expected a checkpoint of niblick, found a damaged or foreign file ({error})") from error
+        raise ConfigError(
+            f"{path}: expected a checkpoint of niblick, found a damaged or foreign file ({error})"
+        ) from error
     _require_same(path, record["preset"], dataclasses.asdict(preset))
     return tensors, Position(**record["position"])
 
@@ -46,6 +48,6 @@ def _require_same(path: Path, found: dict, expected: dict) -> None:
     for part in SAME:
         for key, value in expected[part].items():
             if key not in FREE and found[part].get(key) != value:
-                raise ConfigError(f"{path} was written with {part}.{key} = {found[part].get(key)!r}: expected {value!r}")
-
-
+                raise ConfigError(
+                    f"{path} was written with {part}.{key} = {found[part].get(key)!r}: expected {value!r}"
+                )

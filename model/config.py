@@ -42,11 +42,11 @@ class GPTConfig:
     """PR #1394 and its descendants also round the positions inside a row."""
 
     attention_span: Literal["documents", "rows"] = "documents"
-    """`documents`: segments start at BOS and every `max_segment` tokens after it; `rows`: every `max_segment` tokens."""
+    """`documents`: segments start at BOS and every `max_segment` tokens after it; `rows`: every `max_segment`."""
     max_segment: int = 2048
     bos_id: int = 1
     xsa_last_layers: int = 11
-    """Exclusive self attention (the output loses its component along the token's own value) in the last so many layers."""
+    """Exclusive self attention in so many last layers: the output loses its component along the token's own value."""
     ln_scale: bool = True
 
     smear: Literal["none", "window", "channel"] = "window"
@@ -89,31 +89,47 @@ class GPTConfig:
         return self.num_kv_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        _require(self.model_dim % self.num_heads == 0,
-                 f"model.model_dim must be a multiple of model.num_heads: got {self.model_dim} and {self.num_heads}")
-        _require(self.num_heads % self.num_kv_heads == 0,
-                 f"model.num_heads must be a multiple of model.num_kv_heads: got {self.num_heads} and {self.num_kv_heads}")
-        _require(0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
-                 f"model.rope_dims must be even and at most the head width {self.head_dim}: got {self.rope_dims}")
+        _require(
+            self.model_dim % self.num_heads == 0,
+            f"model.model_dim must be a multiple of model.num_heads: got {self.model_dim} and {self.num_heads}",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads must be a multiple of model.num_kv_heads: got {self.num_heads} and {self.num_kv_heads}",
+        )
+        _require(
+            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
+            f"model.rope_dims must be even and at most the head width {self.head_dim}: got {self.rope_dims}",
+        )
         _require(1 < self.vocab_size <= 131_072, f"model.vocab_size must be in 2..131072: got {self.vocab_size}")
         _require(self.softcap > 0, f"model.softcap must be positive: got {self.softcap}")
         _require(self.loop_extra_passes >= 0, f"model.loop_extra_passes must be >= 0: got {self.loop_extra_passes}")
         if self.loop_extra_passes:
-            _require(0 <= self.loop_start <= self.loop_end < self.num_layers,
-                     f"model.loop_start..loop_end must lie in 0..{self.num_layers - 1}: "
-                     f"got {self.loop_start}..{self.loop_end}")
+            _require(
+                0 <= self.loop_start <= self.loop_end < self.num_layers,
+                f"model.loop_start..loop_end must lie in 0..{self.num_layers - 1}: "
+                f"got {self.loop_start}..{self.loop_end}",
+            )
         if self.parallel in ("two_lane", "cross_lane"):
             # Lanes never close again, and the encoder half pushes one stream: so lanes open after both.
             first = max(self.num_layers // 2, self.loop_end + 1 if self.loop_extra_passes else 0)
-            _require(self.parallel_start >= first,
-                     f"model.parallel_start must be at least {first}, in the decoder half and after the loop, for "
-                     f"model.parallel {self.parallel}: got {self.parallel_start}")
-        _require(0.0 <= self.norm_dropout_quantile < 1.0,
-                 f"model.norm_dropout_quantile must be in [0, 1): got {self.norm_dropout_quantile}")
-        _require(not (self.asymmetric_softcap and self.ce == "kernel"),
-                 "model.asymmetric_softcap needs model.ce reference: the kernel has one cap")
-        _require(max(self.smear_window, self.gate_window) <= self.model_dim,
-                 f"model.smear_window and model.gate_window must be at most model.model_dim {self.model_dim}")
+            _require(
+                self.parallel_start >= first,
+                f"model.parallel_start must be at least {first}, in the decoder half and after the loop, for "
+                f"model.parallel {self.parallel}: got {self.parallel_start}",
+            )
+        _require(
+            0.0 <= self.norm_dropout_quantile < 1.0,
+            f"model.norm_dropout_quantile must be in [0, 1): got {self.norm_dropout_quantile}",
+        )
+        _require(
+            not (self.asymmetric_softcap and self.ce == "kernel"),
+            "model.asymmetric_softcap needs model.ce reference: the kernel has one cap",
+        )
+        _require(
+            max(self.smear_window, self.gate_window) <= self.model_dim,
+            f"model.smear_window and model.gate_window must be at most model.model_dim {self.model_dim}",
+        )
 
 
 @dataclass(frozen=True)
@@ -162,8 +178,10 @@ class ScheduleConfig:
     """Full steps per loop mode before the clock starts; weights, optimizers and data position are then restored."""
 
     def __post_init__(self) -> None:
-        _require(self.budget_s > self.reserve_s >= 0,
-                 f"schedule.budget_s must exceed schedule.reserve_s: got {self.budget_s} and {self.reserve_s}")
+        _require(
+            self.budget_s > self.reserve_s >= 0,
+            f"schedule.budget_s must exceed schedule.reserve_s: got {self.budget_s} and {self.reserve_s}",
+        )
         _require(0 < self.warmdown <= 1, f"schedule.warmdown must be in (0, 1]: got {self.warmdown}")
         _require(self.max_steps > 0, f"schedule.max_steps must be positive: got {self.max_steps}")
 
@@ -176,9 +194,11 @@ class BatchConfig:
 
     def accumulation(self, world_size: int) -> int:
         once = self.tokens_per_micro_step * world_size
-        _require(self.tokens_per_step % once == 0 and self.tokens_per_step >= once,
-                 f"batch.tokens_per_step must be a multiple of tokens_per_micro_step x ranks = "
-                 f"{self.tokens_per_micro_step} x {world_size}: got {self.tokens_per_step}")
+        _require(
+            self.tokens_per_step % once == 0 and self.tokens_per_step >= once,
+            f"batch.tokens_per_step must be a multiple of tokens_per_micro_step x ranks = "
+            f"{self.tokens_per_micro_step} x {world_size}: got {self.tokens_per_step}",
+        )
         return self.tokens_per_step // once
 
 

@@ -149,32 +149,22 @@ class GPT(nn.Module):
         """Cross-entropy of every position in nats, (N,) float32."""
         return self._loss(self.hidden(ids, cu_seqlens, looping), targets, "none")
 
-    def logits(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True, fresh: Tensor | None = None) -> Tensor:
-        """Raw logits before the softcap, (N, V), in the activations' dtype; `fresh` as in `hidden`."""
-        return F.linear(self.hidden(ids, cu_seqlens, looping, fresh), self.embedding)
-
-    def softcaps(self) -> tuple[Tensor, Tensor] | float:
-        """The learned caps (positive, negative) or the one fixed cap."""
-        if self.config.asymmetric_softcap:
-            return self.softcap_positive, self.softcap_negative
-        return self.config.softcap
+    def head(self, hidden: Tensor) -> Tensor:
+        """Raw logits of hidden states, before the softcap: (n, D) -> (n, V)."""
+        return F.linear(hidden, self.embedding)
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        logits = F.linear(hidden, self.embedding)
+        logits = self.head(hidden)
         if self.config.asymmetric_softcap:
             capped = asymmetric_softcap(logits, self.softcap_positive, self.softcap_negative)
             return F.cross_entropy(capped, targets, reduction=reduction)
         ce = softcapped_ce if self.config.ce == "kernel" else softcapped_ce_ref
         return ce(logits, targets, self.config.softcap, reduction=reduction)
 
-    def hidden(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True, fresh: Tensor | None = None) -> Tensor:
-        """The stream after the final norm, (N, D).
-
-        `fresh` (N,) bool marks tokens that must not look back through the smear gate: a scorer packs unrelated
-        windows into one stream, and a window may start in mid-document, where no BOS tells the gate to stop.
-        """
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
+        """The stream after the final norm, (N, D)."""
         c = self.config
-        x0 = self._input(ids, cu_seqlens, fresh)
+        x0 = self._input(ids, cu_seqlens)
         table = self.rotary(ids.shape[0], cu_seqlens, self.dtype)
         weights = self._weights()
         a, b, stack = x0, None, []
@@ -193,15 +183,12 @@ class GPT(nn.Module):
 
     # ---- the parts ---------------------------------------------------------------------------------------------
 
-    def _input(self, ids: Tensor, cu_seqlens: Tensor, fresh: Tensor | None) -> Tensor:
+    def _input(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         c = self.config
         x = F.embedding(ids, self.embedding)
         if c.smear == "window":
             smear = smear_gate if c.smear_impl == "kernel" else smear_gate_ref
-            marks, bos = ids, c.bos_id if c.smear_bos_mask else None
-            if fresh is not None:
-                marks, bos = ((ids == bos) | fresh if c.smear_bos_mask else fresh).to(ids.dtype), 1
-            x = smear(x, self.smear_weight, self.smear_scale, marks, bos)
+            x = smear(x, self.smear_weight, self.smear_scale, ids, c.bos_id if c.smear_bos_mask else None)
         x = rms_norm(x)
         if c.smear == "channel":
             x = channel_smear(x, self.smear_channel, cu_seqlens)
@@ -286,9 +273,12 @@ class GPT(nn.Module):
         banks = {name: self.packed[name] if name in self.packed else getattr(self, name).unbind(0) for name in BANKS}
         L = self.config.num_layers
         return {
-            "q": banks["qo_bank"][:L], "o": banks["qo_bank"][L:],
-            "k": banks["kv_bank"][:L], "v": banks["kv_bank"][L:],
-            "up": banks["mlp_up_bank"], "down": banks["mlp_down_bank"],
+            "q": banks["qo_bank"][:L],
+            "o": banks["qo_bank"][L:],
+            "k": banks["kv_bank"][:L],
+            "v": banks["kv_bank"][L:],
+            "up": banks["mlp_up_bank"],
+            "down": banks["mlp_down_bank"],
         }
 
     def use_packed(self, bank: str, matrices: list[PackedMatrix]) -> None:

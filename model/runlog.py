@@ -10,7 +10,7 @@ import torch
 
 
 class RunLog:
-    """Appends one JSON object a line, with seconds since the log was opened. An earlier log is moved aside, not lost."""
+    """One JSON object a line, with seconds since the log was opened. An earlier log is moved aside, not lost."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

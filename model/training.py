@@ -38,6 +38,10 @@ class Trainer:
         self.model, self.preset = model, preset
         self.device, self.world_size = device, world_size
         self.accumulation = preset.batch.accumulation(world_size)
+        if compile and not preset.schedule.warmup_steps:
+            raise ConfigError(
+                "schedule.warmup_steps must be at least 1 with run.compile: nothing compiles on the clock"
+            )
         self.optimizers = Optimizers(model, preset.optim)
         self.ema = EMA(model, preset.optim.ema_decay)
         self.forward = torch.compile(model, fullgraph=True) if compile else model
@@ -49,7 +53,8 @@ class Trainer:
         """Micro-steps, clip, reduction, optimizers, average. Returns the mean loss (on the device) and the cursor."""
         loss, cursor = self._gradients(batches, looping)
         optim = self.preset.optim
-        average_gradients(self.parameters, self.world_size, in_bf16=optim.clip == "micro" and self.device.type == "cuda")
+        in_bf16 = optim.clip == "micro" and self.device.type == "cuda"
+        average_gradients(self.parameters, self.world_size, in_bf16)
         if optim.clip == "global":
             torch.nn.utils.clip_grad_norm_(self.parameters, optim.grad_clip)
         self.optimizers.step(factor, momentum)

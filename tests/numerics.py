@@ -90,3 +90,18 @@ def assert_close_f32(name: str, got: Tensor, want: Tensor) -> None:
     worst = (got.detach().double() - want.double()).abs().max().item()
     allowed = CLOSE_F32 * want.abs().max().item()
     assert worst <= allowed, f"{name}: error {worst:.3g}, allowed {allowed:.3g}"
+
+
+def assert_rms_like_eager(name: str, kernel: Tensor, eager: Tensor, f64: Tensor) -> None:
+    """The root mean square error is at most twice eager's, plus a rounding of the result.
+
+    For library code that rounds its intermediates elsewhere than eager does (flash attention), so that single
+    elements can differ while the whole is as accurate.
+    """
+    assert kernel.shape == f64.shape and torch.isfinite(kernel).all(), f"{name}: shape or not finite"
+
+    def rms(x: Tensor) -> float:
+        return x.detach().double().square().mean().sqrt().item()
+
+    error, allowed = rms(kernel - f64), 2 * rms(eager - f64) + torch.finfo(kernel.dtype).eps * rms(f64)
+    assert error <= allowed, f"{name}: rms error {error:.3g}, allowed {allowed:.3g}"

@@ -14,6 +14,7 @@ from niblick.artifact.container import write_artifact
 from niblick.artifact.quantize import quantize
 from niblick.data import shards, tokenizer
 from niblick.data.errors import DataError
+from niblick.evaluation.command_line import guarded
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.windows import plain_windows
 from niblick.model.config import ArtifactConfig, EvalConfig, GPTConfig
@@ -22,8 +23,8 @@ from niblick.model.gpt import GPT
 ROOT = Path(__file__).parents[1]
 V = 300
 CONFIG = GPTConfig(
-    vocab_size=V, num_layers=2, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128, max_segment=16,
-    loop_start=1, loop_end=1, parallel_start=1, smear_impl="reference",
+    vocab_size=V, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128, max_segment=16,
+    loop_start=1, loop_end=1, parallel_start=2, smear_impl="reference",
 )  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def test_validation_set_counts_the_bytes_of_the_text(folder):
 
 def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
     out = tmp_path / "score.json"
-    assert evaluate.guarded(options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--out", str(out))) == 0
+    words = options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--out", str(out))
+    assert guarded("evaluate.py", evaluate.main, words) == 0
     lines = out.read_text().splitlines()
     result = json.loads(lines[0])
     assert len(lines) == 1 and result["targets"] == 44 and result["sequence_length"] == 16
@@ -84,7 +86,7 @@ def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
 def test_tail_and_weights_reach_the_scorer(evaluate, folder, tmp_path):
     out = tmp_path / "score.json"
     more = ["--tail", "drop", "--weights", "packed", "--sequence-length", "8", "--max-tokens", "15", "--out", str(out)]
-    assert evaluate.guarded(options(folder, *more)) == 0
+    assert guarded("evaluate.py", evaluate.main, options(folder, *more)) == 0
     result = json.loads(out.read_text())
     assert result["targets"] == 8 and result["weights"] == "packed" and result["sequence_length"] == 8
 
@@ -122,14 +124,14 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     ],
 )
 def test_bad_options_give_one_line_and_status_2(evaluate, folder, capsys, more, message):
-    assert evaluate.guarded(options(folder, *more)) == 2
+    assert guarded("evaluate.py", evaluate.main, options(folder, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and message in error
 
 
 def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys):
     def refused(*words: str) -> str:
-        assert evaluate.guarded([*words, "--device", "cpu"]) == 2
+        assert guarded("evaluate.py", evaluate.main, [*words, "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("evaluate.py: ") and error.count("\n") == 1
         return error
@@ -141,14 +143,14 @@ def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys
     shards.write_shard(tmp_path / "big_val_0.bin", np.array([1, V, 2], np.uint16))
     model = str(folder / "tokenizer.model")
     assert f"found {V}" in refused(artifact, "--data", str(tmp_path), "--tokenizer", model)
-    assert "expected one tokenizer *.model (or --tokenizer), found 0" in refused(artifact, "--data", str(tmp_path))
+    assert "expected exactly one tokenizer *.model (or its path), found 0" in refused(artifact, "--data", str(tmp_path))
     shards.write_shard(tmp_path / "big_val_0.bin", np.array([3, 4, 5], np.uint16))
     assert "expected a document start" in refused(artifact, "--data", str(tmp_path), "--tokenizer", model)
 
 
 def test_cuda_without_a_card_is_refused(evaluate, folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert evaluate.guarded(options(folder, "--device", "cuda")) == 2
+    assert guarded("evaluate.py", evaluate.main, options(folder, "--device", "cuda")) == 2
     assert "--device cuda: expected a CUDA device, found none" in capsys.readouterr().err
 
 
@@ -160,7 +162,7 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
 
 def test_as_a_command(folder):
     """A process of its own ends with status 2, nothing on stdout and no traceback."""
-    command = [sys.executable, str(ROOT / "evaluate.py"), *options(folder, "--weigths", "packed")]
+    command = [sys.executable, str(ROOT / "evaluate.py"), str(folder / "model.nbk"), "--weigths", "packed"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "evaluate.py: unknown option '--weigths' (nearest: --weights)\n"

@@ -77,7 +77,7 @@ def brute_force(model: GPT, tokens: np.ndarray, windows, hints: Hints | None = N
         for row in range(window.first_scored, window.end):
             ids = tokens[: row + 1]
             cu_seqlens = torch.tensor(segments(ids, window.start, model.config), dtype=torch.int32)
-            logits = model.logits(torch.from_numpy(ids.astype(np.int64)), cu_seqlens, looping=True)[-1].double()
+            logits = model.head(model.hidden(torch.from_numpy(ids.astype(np.int64)), cu_seqlens))[-1].double()
             p = torch.softmax(softcapped(model, logits), dim=0)
             target = int(tokens[row + 1])
             if hints is not None and hints.tokens[row + 1] >= 0:
@@ -91,7 +91,7 @@ def brute_force(model: GPT, tokens: np.ndarray, windows, hints: Hints | None = N
 def softcapped(model: GPT, logits: torch.Tensor) -> torch.Tensor:
     if not model.config.asymmetric_softcap:
         return 30 * torch.tanh(logits / 30)
-    positive, negative = (c.double() for c in model.softcaps())
+    positive, negative = model.softcap_positive.double(), model.softcap_negative.double()
     return torch.where(logits > 0, positive * torch.tanh(logits / positive), negative * torch.tanh(logits / negative))
 
 

@@ -32,9 +32,22 @@ FELT = 1e-6  # nats: a loss that moves by more has felt the change; float64 roun
 DOCUMENT_LENGTHS = (7, 18, 1, 33, 2, 1)
 
 SMALL = dict(
-    vocab_size=61, num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2, mlp_hidden=80, softcap=8.0,
-    rope_dims=8, max_segment=16, xsa_last_layers=5, loop_start=1, loop_end=2, loop_extra_passes=2, parallel_start=3,
-    ce="reference", smear_impl="reference",
+    vocab_size=61,
+    num_layers=5,
+    model_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_hidden=80,
+    softcap=8.0,
+    rope_dims=8,
+    max_segment=16,
+    xsa_last_layers=5,
+    loop_start=1,
+    loop_end=2,
+    loop_extra_passes=2,
+    parallel_start=3,
+    ce="reference",
+    smear_impl="reference",
 )
 BASE = GPTConfig(**SMALL)
 
@@ -102,7 +115,6 @@ BOTH_WAYS = {
 }
 UNLOOPED = {
     "no_recurrence": small(loop_extra_passes=0),
-    "cross_lane_waits_for_decoder": small(loop_extra_passes=0, parallel_start=1),
 }
 CASES = (
     [pytest.param(config, True, id=name) for name, config in LOOPED.items()]
@@ -312,8 +324,14 @@ def test_every_parameter_matters(config: GPTConfig, looping: bool) -> None:
 def test_bf16_positions_restart_in_every_row() -> None:
     """Two rows of 264: rounding shows from position 257 on, and only there."""
     config = small(
-        num_layers=2, loop_extra_passes=0, parallel="none", xsa_last_layers=0, smear="none", attention_span="rows",
-        max_segment=264, rope_positions_bf16=True,
+        num_layers=2,
+        loop_extra_passes=0,
+        parallel="none",
+        xsa_last_layers=0,
+        smear="none",
+        attention_span="rows",
+        max_segment=264,
+        rope_positions_bf16=True,
     )
     ids, targets = stream(config, (528,))
     params = random_parameters(config)
@@ -416,8 +434,13 @@ def test_exclusive_attention_silences_first_tokens(xsa: bool) -> None:
 
 @pytest.mark.parametrize(
     "preset, count",
-    [("pr1934", 35_945_671), ("pr1855", 35_945_671), ("pr1514", 35_944_536), ("pr1477", 35_943_513),
-     ("pr1423", 35_941_976)],
+    [
+        ("pr1934", 35_945_671),
+        ("pr1855", 35_945_671),
+        ("pr1514", 35_944_536),
+        ("pr1477", 35_943_513),
+        ("pr1423", 35_941_976),
+    ],
 )
 def test_size_and_first_loss_of_presets(preset: str, count: int) -> None:
     """Output projections start at zero, so the first loss is that of softcap(norm(x⁰) Eᵀ), near ln 8192 = 9.011."""

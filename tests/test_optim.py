@@ -22,8 +22,18 @@ from niblick.model.presets import PRESETS
 from niblick.model.schedule import lr_factor, momentum, progress
 
 SMALL = replace(
-    PRESETS["demo"].model, vocab_size=64, num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=64,
-    loop_start=1, loop_end=2, parallel_start=3, smear_window=8, gate_window=8,
+    PRESETS["demo"].model,
+    vocab_size=64,
+    num_layers=4,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_hidden=64,
+    loop_start=1,
+    loop_end=2,
+    parallel_start=3,
+    smear_window=8,
+    gate_window=8,
 )
 
 

@@ -180,14 +180,59 @@ def test_accumulation_must_come_out_whole() -> None:
         BatchConfig(786_432, 98_304).accumulation(3)
 
 
-def test_loop_switches_on_at_its_fraction_of_the_clock(shard: Path, monkeypatch) -> None:
-    p = preset()
-    t = trainer(replace(p, schedule=ScheduleConfig(budget_s=0.6, reserve_s=0.0, loop_at=0.5)))
-    seen = []
+class CountingClock(Clock):
+    """A second a step, whatever the machine does."""
+
+    def tick(self, loss: torch.Tensor) -> None:
+        self.elapsed_s += 1.0
+
+    def start(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+
+def test_loop_and_learning_rate_follow_the_clock(shard: Path, monkeypatch) -> None:
+    schedule = ScheduleConfig(budget_s=10.0, reserve_s=2.0, loop_at=0.5, warmdown=0.5, min_lr=0.1)
+    t, seen = trainer(preset(schedule=schedule)), []
     step = t.step
     monkeypatch.setattr(t, "step", lambda b, **k: (seen.append((k["looping"], k["factor"])), step(b, **k))[1])
-    run(t, shard)
-    modes = [mode for mode, _ in seen]
-    assert modes == sorted(modes) and {False, True} == set(modes), "off, then on, once"
-    factors = [factor for _, factor in seen]
-    assert factors == sorted(factors, reverse=True) and factors[0] == 1.0 and factors[-1] < 1.0
+    with loader(shard) as batches:
+        train(t, batches, CountingClock(CPU, 1), Position(), lambda _: None)
+    assert [mode for mode, _ in seen] == [False] * 4 + [True] * 4
+    assert [factor for _, factor in seen] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def dense_attention(q, k, v, cu_seqlens, max_segment):
+    """Traceable stand-in for the flash kernels, which a CPU does not have."""
+    positions = torch.arange(q.shape[0])
+    segment = torch.searchsorted(cu_seqlens, positions.int(), right=True)
+    seen = (segment[:, None] == segment[None, :]) & (positions[:, None] >= positions[None, :])
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)
+    return y[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("span", ["documents", "rows"])
+def test_one_full_graph_a_loop_mode_serves_any_number_of_documents(shard: Path, span: str) -> None:
+    torch._dynamo.reset()
+    p = preset(model=replace(SMALL, attention_span=span, max_segment=16, norm_dropout_quantile=0.9))
+    t = trainer(p)
+    t.model.attend = dense_attention
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    t.forward = torch.compile(t.model, fullgraph=True, backend=backend)
+    with loader(shard) as batches:
+        first = next(batches)
+    for looping in t.loop_modes():
+        t._micro_step(first, looping).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for entries in (7, 23, 64):
+            starts = torch.arange(0, 64, 64 // min(entries, 32), dtype=torch.int32)
+            cu_seqlens = torch.cat((starts, torch.full((entries,), 64, dtype=torch.int32)))
+            for looping in t.loop_modes():
+                t._micro_step(replace(first, cu_seqlens=cu_seqlens), looping)
+    assert len(graphs) == 2

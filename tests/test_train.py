@@ -1,0 +1,283 @@
+"""train.py as a user runs it: the whole job on a small corpus, several ranks, a kill, and every kind of bad input."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numerics import assert_close_f32
+from safetensors.torch import load_file
+
+from niblick.data.shards import HEADER_BYTES, write_shard
+from niblick.evaluation.command_line import guarded
+
+ROOT = Path(__file__).resolve().parents[1]
+PIECES = 300
+SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 128 --model.num-heads 2
+    --model.num-kv-heads 1 --model.mlp-hidden 128 --model.loop-start 1 --model.loop-end 1 --model.parallel-start 2
+    --model.max-segment 64 --batch.tokens-per-step 256 --batch.tokens-per-micro-step 256
+    --evaluation.sequence-length 64 --data.max-val-tokens 500 --run.device cpu""".split()
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Fifty documents with some structure: enough for a tokenizer and for both sides of the split."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "the quick brown fox jumps over a lazy dog while seven small models learn to count bytes".split()
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        lines = [" ".join(rng.choice(words, 12)) + f" {rng.integers(1000)}." for _ in range(12)]
+        (folder / f"{i:02}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def train(corpus: Path, tmp_path: Path, capsys):
+    """Runs train.py here; returns status, stdout, stderr."""
+    script = load_script("train")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        options = ["--data.source", str(corpus), "--data.cache", str(corpus.parent / "cache")]
+        status = guarded(
+            "train.py", script.main, ["demo", *SMALL, *options, "--run.out", str(tmp_path / "out"), *words]
+        )
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_whole_job(train, tmp_path: Path) -> None:
+    status, out, err = train("--schedule.max-steps", "40", "--optim.ema-decay", "0.5")
+    assert (status, err) == (0, "")
+    log = records(tmp_path / "out")
+    first, last = log[0], log[-1]
+    assert first["event"] == "start" and first["config"]["model"]["vocab_size"] == PIECES
+    assert {"torch", "triton", "python", "device", "commit"} <= first.keys()
+    bits = last["bits_per_byte"]
+    assert bits["after reload"] == bits["after quantisation"] != bits["before quantisation"]
+    assert bits["after reload"] < last["yardsticks"]["token unigram"] - 0.5
+    steps = [r for r in log if r["event"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, 41)) and steps[-1]["loss"] < steps[0]["loss"]
+    assert last["model_bytes"] == (tmp_path / "out" / "artifact.nbk").stat().st_size
+    for heading in ("bits per byte", "token unigram", "xz -9e", "ms/step", "left of 16,000,000"):
+        assert heading in out
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
+    train("--schedule.max-steps", "2")
+    [prepared] = (corpus.parent / "cache").iterdir()
+    words = [
+        str(tmp_path / "out/artifact.nbk"),
+        "--data",
+        str(prepared),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "score.json"),
+    ]
+    assert guarded("evaluate.py", load_script("evaluate").main, words) == 0
+    got = json.loads((tmp_path / "score.json").read_text())["bits_per_byte"]
+    assert got == records(tmp_path / "out")[-1]["bits_per_byte"]["after reload"]
+
+
+def command(corpus: Path, out: Path, *words: str) -> list[str]:
+    return [
+        "train.py",
+        "demo",
+        *SMALL,
+        "--data.source",
+        str(corpus),
+        "--data.cache",
+        str(corpus.parent / "cache"),
+        "--run.out",
+        str(out),
+        *words,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+
+
+def test_two_ranks_equal_one_that_accumulates(corpus: Path, tmp_path: Path) -> None:
+    shared = [
+        "--batch.tokens-per-step",
+        "512",
+        "--schedule.max-steps",
+        "4",
+        "--run.checkpoint-every-s",
+        "1e-6",
+        "--schedule.budget-s",
+        "600",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", launcher)):
+        subprocess.run(
+            [*start, *command(corpus, tmp_path / name, *shared)],
+            cwd=ROOT,
+            env=environment(),
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+    one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.startswith(("model.", "ema.")):
+            assert_close_f32(name, two[name], one[name])
+
+
+def test_killed_run_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--schedule.budget-s", "600", "--run.checkpoint-every-s", "0.05"]
+    run = [sys.executable, *command(corpus, out, *words)]
+    process = subprocess.Popen(run, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (out / "checkpoint.safetensors").exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = [r for r in records(out) if r["event"] == "checkpoint"]
+    assert saved, "the run was killed before it wrote a checkpoint"
+    again = [*run, "--resume", "--schedule.max-steps", str(saved[-1]["step"] + 3)]
+    subprocess.run(again, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+    steps = [r["step"] for r in records(out) if r["event"] == "step"]
+    # The record is written after the file: a kill in between leaves a checkpoint one further than the log says.
+    assert steps[0] > saved[-1]["step"] and steps == list(range(steps[0], saved[-1]["step"] + 4))
+    assert len(list(out.glob("log*.jsonl"))) == 2, "the log of the killed run is kept"
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(train, corpus: Path, tmp_path: Path) -> Path:
+    """A folder of ready shards with their tokenizer."""
+    from niblick.data.prepare import prepare
+
+    prepared = prepare(corpus, corpus.parent / "for_shards", vocab_size=PIECES)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in (*prepared.train, *prepared.val, prepared.tokenizer):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit_header(path: Path, index: int, value: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[4 * index : 4 * index + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def replace_tokens(path: Path, value: int, everywhere: bool) -> None:
+    tokens = np.fromfile(path, np.uint16, offset=HEADER_BYTES)
+    tokens[:: 1 if everywhere else 400] = value
+    write_shard(path, tokens)
+
+
+DAMAGE = {
+    "truncated": (cut, "train_000000.bin: expected .* bytes"),
+    "magic": (lambda p: edit_header(p, 0, 7), "20240520"),
+    "count": (lambda p: edit_header(p, 2, 5), "expected"),
+    "no BOS": (lambda p: replace_tokens(p, 9, True), "train_000000.bin: expected .*BOS"),
+    "id beyond the vocabulary": (lambda p: replace_tokens(p, 5000, False), "5000"),
+}
+
+
+def assert_refused(result: tuple[int, str, str], pattern: str, out: Path) -> None:
+    import re
+
+    status, _, err = result
+    assert status == 2, err
+    assert err.count("\n") == 1 and err.startswith("train.py: ") and "Traceback" not in err, err
+    assert re.search(pattern, err), err
+    left = [p.name for p in out.iterdir()] if out.exists() else []
+    assert "artifact.nbk" not in left and not [name for name in left if name.endswith(".tmp")], left
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_shard(train, shards: Path, tmp_path: Path, kind: str) -> None:
+    damage, pattern = DAMAGE[kind]
+    damage(shards / "niblick_train_000000.bin")
+    result = train("--data.source", str(shards), "--schedule.max-steps", "2", "--run.checkpoint-every-s", "0")
+    assert_refused(result, pattern, tmp_path / "out")
+
+
+def test_empty_folder(train, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_refused(train("--data.source", str(tmp_path / "empty")), "empty.*found none", tmp_path / "out")
+
+
+def test_tokenizer_of_another_size(train, shards: Path, tmp_path: Path) -> None:
+    result = train("--data.source", str(shards), "--model.vocab-size", "512")
+    assert_refused(result, f"tokenizer.model.*512.*{PIECES}", tmp_path / "out")
+
+
+def test_no_held_out_text(train, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "only one document " * 300}) + "\n")
+    result = train(
+        "--data.source",
+        str(tmp_path / "one.jsonl"),
+        "--model.vocab-size",
+        "280",
+        "--data.cache",
+        str(tmp_path / "cache"),
+    )
+    assert_refused(result, "held-out", tmp_path / "out")
+
+
+def test_full_disk_keeps_what_was_there(train, tmp_path: Path, monkeypatch) -> None:
+    train("--schedule.max-steps", "1")
+    before = (tmp_path / "out/artifact.nbk").read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    status, _, err = train("--schedule.max-steps", "1", "--run.checkpoint-every-s", "0")
+    assert status == 2 and err.count("\n") == 1 and "artifact.nbk: No space left on device" in err
+    assert (tmp_path / "out/artifact.nbk").read_bytes() == before
+
+
+def test_unknown_option_and_preset_name_the_nearest(train, tmp_path: Path) -> None:
+    assert_refused(train("--optim.matrx-lr", "1"), "nearest: --optim.matrix-lr", tmp_path / "out")
+    assert_refused(train("--run.device", "gpu"), "'gpu'.*--run.device.*cuda", tmp_path / "out")
+    script = load_script("train")
+    with pytest.raises(Exception, match="nearest: pr1855"):
+        script.parse_preset(["pr1885"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_preset_without_gpu(tmp_path: Path, capsys) -> None:
+    assert guarded("train.py", load_script("train").main, ["pr1855", "--run.out", str(tmp_path / "out")]) == 2
+    assert "expected a CUDA device, found none" in capsys.readouterr().err
+
+
+def test_budget_shorter_than_a_step(train, tmp_path: Path) -> None:
+    result = train("--schedule.budget-s", "0.001", "--schedule.reserve-s", "0")
+    assert_refused(result, "at least one step", tmp_path / "out")
+
+
+def test_batch_that_does_not_divide(train, tmp_path: Path) -> None:
+    assert_refused(train("--batch.tokens-per-step", "300"), "multiple of .*256 x 1.*300", tmp_path / "out")

@@ -80,7 +80,12 @@ def leaky_relu_squared(h: Tensor, slope: float) -> Tensor:
 def drop_largest_norms(h: Tensor, quantile: float) -> Tensor:
     """Zero the rows of h (N, F) whose norm reaches the given quantile of all N norms; survivors are not rescaled."""
     norms = widen(h).norm(dim=-1)
-    return torch.where((norms >= norms.quantile(quantile))[:, None], 0.0, h).to(h.dtype)
+    # torch.quantile, spelled out: it has a limit of 16 million values and breaks the graph on some versions.
+    place = quantile * (len(norms) - 1)
+    low = int(place)
+    ordered = norms.sort().values[low : low + 2]
+    threshold = torch.lerp(ordered[0], ordered[-1], place - low)
+    return torch.where((norms >= threshold)[:, None], 0.0, h).to(h.dtype)
 
 
 def asymmetric_softcap(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

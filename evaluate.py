@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import Weights, load_model
 from niblick.data import tokenizer as tokenizers
+from niblick.data.command_line import guarded, parse
 from niblick.data.shards import find_shards
-from niblick.evaluation.command_line import guarded, parse
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.score import Score
 from niblick.evaluation.windows import Method, Tail
@@ -143,5 +144,10 @@ def report(result: dict[str, object], out: Path | None) -> None:
         write_atomically(out, lambda file: file.write(line.encode()))
 
 
+def command(words: list[str]) -> int:
+    """`main` with bad input as one line and exit status 2."""
+    return guarded("evaluate.py", main, words, ArtifactError, ConfigError)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded("evaluate.py", main, sys.argv[1:]))
+    sys.exit(command(sys.argv[1:]))

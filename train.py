@@ -22,15 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from niblick.artifact.container import read_container, write_artifact
+from niblick.artifact.errors import ArtifactError
 from niblick.artifact.ledger import byte_ledger, source_files, table_rows
 from niblick.artifact.load import load_model, set_weights
 from niblick.artifact.quantize import quantize
 from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
 from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
+from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.prepare import Prepared, prepare
 from niblick.data.shards import read_shard
-from niblick.evaluation.command_line import guarded, nearest, parse
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import choose_attention
 from niblick.model.checkpoint import load_checkpoint, save_checkpoint
@@ -86,7 +87,7 @@ def launch(preset: Preset) -> Launch:
         torch.set_float32_matmul_precision("high")
     preset.batch.accumulation(world_size)
     if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     half = run.precision == "bf16" or (run.precision == "auto" and cuda)
     compile = run.compile == "on" or (run.compile == "auto" and cuda)
     return Launch(rank, world_size, device, torch.bfloat16 if half else torch.float32, compile)
@@ -320,5 +321,10 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
         )
 
 
+def command(words: list[str]) -> int:
+    """`main` with bad input as one line and exit status 2."""
+    return guarded("train.py", main, words, ArtifactError, ConfigError)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded("train.py", main, sys.argv[1:]))
+    sys.exit(command(sys.argv[1:]))

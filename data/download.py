@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from niblick.data import shards
 from niblick.data import tokenizer as tokenizers
+from niblick.data.command_line import guarded, parse
 from niblick.data.errors import DataError
 
 
@@ -83,21 +84,10 @@ def _check(path: Path, size: int | None) -> None:
         tokenizers.load(path)
 
 
-def main() -> None:
-    """The command line; exit status 2 and one line for what cannot be fetched."""
-    import tyro
-
-    try:
-        for path in download(tyro.cli(Download, description=__doc__)):
-            print(path)
-    except (DataError, OSError) as error:
-        sys.exit(_failed(error))
-
-
-def _failed(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def main(words: list[str]) -> None:
+    for path in download(parse(Download, words, script="niblick.data.download", about=__doc__)):
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("niblick.data.download", main, sys.argv[1:]))

@@ -181,5 +181,5 @@ def test_command_line(hub, tmp_path):
     good = subprocess.run([*command, "--shards", "1"], capture_output=True, text=True)
     assert good.returncode == 0 and len(good.stdout.split()) == 3
     bad = subprocess.run([*command, "--shards", "3"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: http")
+    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("niblick.data.download: http")
     assert "Traceback" not in bad.stderr

@@ -14,7 +14,6 @@ from niblick.artifact.container import write_artifact
 from niblick.artifact.quantize import quantize
 from niblick.data import shards, tokenizer
 from niblick.data.errors import DataError
-from niblick.evaluation.command_line import guarded
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.windows import plain_windows
 from niblick.model.config import ArtifactConfig, EvalConfig, GPTConfig
@@ -70,7 +69,7 @@ def test_validation_set_counts_the_bytes_of_the_text(folder):
 def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
     out = tmp_path / "score.json"
     words = options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--out", str(out))
-    assert guarded("evaluate.py", evaluate.main, words) == 0
+    assert evaluate.command(words) == 0
     lines = out.read_text().splitlines()
     result = json.loads(lines[0])
     assert len(lines) == 1 and result["targets"] == 44 and result["sequence_length"] == 16
@@ -86,7 +85,7 @@ def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
 def test_tail_and_weights_reach_the_scorer(evaluate, folder, tmp_path):
     out = tmp_path / "score.json"
     more = ["--tail", "drop", "--weights", "packed", "--sequence-length", "8", "--max-tokens", "15", "--out", str(out)]
-    assert guarded("evaluate.py", evaluate.main, options(folder, *more)) == 0
+    assert evaluate.command(options(folder, *more)) == 0
     result = json.loads(out.read_text())
     assert result["targets"] == 8 and result["weights"] == "packed" and result["sequence_length"] == 8
 
@@ -124,14 +123,14 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     ],
 )
 def test_bad_options_give_one_line_and_status_2(evaluate, folder, capsys, more, message):
-    assert guarded("evaluate.py", evaluate.main, options(folder, *more)) == 2
+    assert evaluate.command(options(folder, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and message in error
 
 
 def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys):
     def refused(*words: str) -> str:
-        assert guarded("evaluate.py", evaluate.main, [*words, "--device", "cpu"]) == 2
+        assert evaluate.command([*words, "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("evaluate.py: ") and error.count("\n") == 1
         return error
@@ -150,7 +149,7 @@ def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys
 
 def test_cuda_without_a_card_is_refused(evaluate, folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert guarded("evaluate.py", evaluate.main, options(folder, "--device", "cuda")) == 2
+    assert evaluate.command(options(folder, "--device", "cuda")) == 2
     assert "--device cuda: expected a CUDA device, found none" in capsys.readouterr().err
 
 

@@ -16,7 +16,6 @@ from numerics import assert_close_f32
 from safetensors.torch import load_file
 
 from niblick.data.shards import HEADER_BYTES, write_shard
-from niblick.evaluation.command_line import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = 300
@@ -52,9 +51,7 @@ def train(corpus: Path, tmp_path: Path, capsys):
 
     def run(*words: str) -> tuple[int, str, str]:
         options = ["--data.source", str(corpus), "--data.cache", str(corpus.parent / "cache")]
-        status = guarded(
-            "train.py", script.main, ["demo", *SMALL, *options, "--run.out", str(tmp_path / "out"), *words]
-        )
+        status = script.command(["demo", *SMALL, *options, "--run.out", str(tmp_path / "out"), *words])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -95,7 +92,7 @@ def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path
         "--out",
         str(tmp_path / "score.json"),
     ]
-    assert guarded("evaluate.py", load_script("evaluate").main, words) == 0
+    assert load_script("evaluate").command(words) == 0
     got = json.loads((tmp_path / "score.json").read_text())["bits_per_byte"]
     assert got == records(tmp_path / "out")[-1]["bits_per_byte"]["after reload"]
 
@@ -270,7 +267,7 @@ def test_unknown_option_and_preset_name_the_nearest(train, tmp_path: Path) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_preset_without_gpu(tmp_path: Path, capsys) -> None:
-    assert guarded("train.py", load_script("train").main, ["pr1855", "--run.out", str(tmp_path / "out")]) == 2
+    assert load_script("train").command(["pr1855", "--run.out", str(tmp_path / "out")]) == 2
     assert "expected a CUDA device, found none" in capsys.readouterr().err
 
 

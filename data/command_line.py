@@ -1,4 +1,7 @@
-"""What the two scripts share: options from a dataclass, and bad input as one line and exit status 2."""
+"""What every command shares: options from a dataclass, and bad input as one line and exit status 2.
+
+It lies in this room because this is the lowest one that has a command.
+"""
 
 import contextlib
 import dataclasses
@@ -8,27 +11,28 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import tyro
-
-from niblick.artifact.errors import ArtifactError
 from niblick.data.errors import DataError
-from niblick.model.config import ConfigError
 
 T = TypeVar("T")
 
 
-def guarded(script: str, main: Callable[[list[str]], None], words: list[str]) -> int:
-    """The exit status of `main(words)`: 0, or 2 after one line on stderr for bad input or a file that fails."""
+def guarded(script: str, main: Callable[[list[str]], None], words: list[str], *errors: type[Exception]) -> int:
+    """The exit status of `main(words)`: 0, or 2 after one line on stderr.
+
+    Bad input is an error of this room, one of `errors` (those of other rooms), or a file that fails.
+    """
     try:
         main(words)
-    except (ArtifactError, ConfigError, DataError, OSError) as error:
+    except (DataError, OSError, *errors) as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def parse(cls: type[T], words: list[str], *, script: str, default: T | None = None, about: str | None = None) -> T:
-    """The options laid over `default`. ConfigError for an unknown one, naming the nearest, and for a bad value."""
+    """The options laid over `default`. DataError for an unknown one, naming the nearest, and for a bad value."""
+    import tyro
+
     _refuse_unknown(words, cls)  # before tyro, which would speak of missing options first
     options = {"args": words, "prog": script, "description": about}
     if default is not None:
@@ -40,7 +44,7 @@ def parse(cls: type[T], words: list[str], *, script: str, default: T | None = No
     except SystemExit as exit:
         if not exit.code:
             raise  # --help
-        raise ConfigError(_without_box(explanation.getvalue())) from None
+        raise DataError(_without_box(explanation.getvalue())) from None
 
 
 def _refuse_unknown(words: list[str], cls: type) -> None:
@@ -48,7 +52,7 @@ def _refuse_unknown(words: list[str], cls: type) -> None:
     for word in words:
         option = word.split("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known:
-            raise ConfigError(f"unknown option {word!r}{nearest(option, known)}")
+            raise DataError(f"unknown option {word!r}{nearest(option, known)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

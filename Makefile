@@ -38,3 +38,5 @@ check:
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { \
 	  echo "no C compiler: Triton needs one to launch kernels on a GPU (apt install gcc python3-dev)"; \
 	  ! command -v nvidia-smi >/dev/null || exit 2; }
+	@! command -v nvidia-smi >/dev/null || $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || { \
+	  echo "expected Python's headers, which Triton compiles with: found no Python.h (apt install python3-dev)"; exit 2; }

@@ -75,6 +75,8 @@ def main(words: list[str]) -> None:
         max_tokens=arguments.max_tokens,
     )
     config = EvalConfig(
+        method=arguments.method,
+        tail=arguments.tail,
         sequence_length=model.config.max_segment if arguments.sequence_length is None else arguments.sequence_length,
         stride=arguments.stride,
         tokens_per_batch=arguments.tokens_per_batch,
@@ -101,8 +103,6 @@ def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments) ->
             model,
             data,
             config,
-            method=arguments.method,
-            tail=arguments.tail,
             tilt=arguments.tilt,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

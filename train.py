@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +31,11 @@ from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
 from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
 from niblick.data.command_line import guarded, nearest, parse
+from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare
-from niblick.data.shards import read_shard
+from niblick.data.shards import count_tokens
 from niblick.evaluation.run import ValidationSet, evaluate_model
-from niblick.model.attention import choose_attention
+from niblick.model.attention import attention_version, choose_attention
 from niblick.model.checkpoint import load_checkpoint, save_checkpoint
 from niblick.model.config import ConfigError, Preset
 from niblick.model.gpt import GPT
@@ -44,6 +46,8 @@ from niblick.model.schedule import Clock
 from niblick.model.training import Position, Trainer, train
 
 CHECKPOINT, ARTIFACT, LOG = "checkpoint.safetensors", "artifact.nbk", "log.jsonl"
+YARDSTICK_TOKENS = 10_000_000
+"""xz -9e codes some 2.5 MB a second: on all of FineWeb's 40 million held-out tokens it would run for minutes."""
 
 
 class Launch(NamedTuple):
@@ -74,6 +78,7 @@ def parse_preset(words: list[str]) -> tuple[str, Preset]:
 
 
 def launch(preset: Preset) -> Launch:
+    """Joins the other ranks, if any. ConfigError for a device that is not there or a batch that does not fit."""
     rank, local_rank, world_size = (
         int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -82,12 +87,15 @@ def launch(preset: Preset) -> Launch:
         raise ConfigError("run.device cuda: expected a CUDA device, found none (--run.device cpu trains without one)")
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"torchrun --nproc-per-node: expected at most {torch.cuda.device_count()}, one a CUDA device")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     preset.batch.accumulation(world_size)
     if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        patience = timedelta(hours=2)  # preparing a large text may take rank 0 longer than the usual ten minutes
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
     half = run.precision == "bf16" or (run.precision == "auto" and cuda)
     compile = run.compile == "on" or (run.compile == "auto" and cuda)
     return Launch(rank, world_size, device, torch.bfloat16 if half else torch.float32, compile)
@@ -111,9 +119,19 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
             max_val_tokens=data.max_val_tokens or None,
         )
 
-    prepared = run() if here.rank == 0 else None
-    if here.world_size > 1:
-        dist.barrier()
+    if here.world_size == 1:
+        return run()
+    prepared, refusal = None, [None]
+    if here.rank == 0:
+        try:
+            prepared = run()
+        except (DataError, OSError) as error:
+            refusal = [error]
+    dist.broadcast_object_list(refusal)
+    if refusal[0] and here.rank == 0:
+        raise refusal[0]
+    if refusal[0]:
+        sys.exit(2)  # rank 0 says why
     return prepared or run()
 
 
@@ -138,19 +156,18 @@ def make_loader(preset: Preset, prepared: Prepared, here: Launch, cursor: dict |
 
 
 class Stages:
-    """Seconds a stage, printed and logged as each ends."""
+    """Seconds a stage, printed as each ends."""
 
-    def __init__(self, log: RunLog | None) -> None:
+    def __init__(self, show: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._log = log
+        self._show = show
 
     @contextmanager
     def stage(self, name: str):
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-        if self._log:
-            self._log.write("stage", name=name, seconds=round(self.seconds[name], 3))
+        if self._show:
             print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
 
 
@@ -158,54 +175,59 @@ def main(words: list[str]) -> None:
     name, preset = parse_preset(words)
     here = launch(preset)
     out = Path(preset.run.out)
-    log = RunLog(out / LOG) if here.rank == 0 else None
-    if log:
-        log.write(
-            "start",
-            preset=name,
-            config=dataclasses.asdict(preset),
-            **environment(here.device),
-            world_size=here.world_size,
-            dtype=str(here.dtype),
-            compile=here.compile,
-        )
-    stages = Stages(log)
+    stages = Stages(here.rank == 0)
     with stages.stage("data"):
         prepared = prepare_data(preset, here)
     with stages.stage("model"):
         model, rung = build_model(preset, here)
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
-        position = restore(trainer, out / CHECKPOINT) if preset.run.resume else Position()
+        position = load_checkpoint(out / CHECKPOINT, trainer) if preset.run.resume else Position()
+    log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
-        n_parameters = sum(p.numel() for p in model.parameters())
-        log.write("model", parameters=n_parameters, attention=rung, **position_fields(position))
-        start = f"resumed at step {position.step}, {position.elapsed_s:.1f} s" if position.step else "from the start"
-        print(
-            f"{name}: {n_parameters:,} parameters, attention {rung}, {here.world_size} x {here.device.type}, "
-            f"{trainer.accumulation} micro-step(s) a step, {start}",
-            flush=True,
-        )
+        announce(name, trainer, rung, here, position, log)
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
     with stages.stage("training"):
         position = run_clock(trainer, prepared, here, position, log)
-    if here.rank == 0:
-        finish(trainer, prepared, here, position, stages, log)
-    if here.world_size > 1:
+    if here.world_size > 1:  # what follows is rank 0's alone and may take longer than the others would wait
         dist.barrier()
         dist.destroy_process_group()
+    if log:
+        finish(trainer, prepared, here, position, stages, log)
+
+
+def announce(name: str, trainer: Trainer, rung: str, here: Launch, position: Position, log: RunLog) -> None:
+    n_parameters = sum(p.numel() for p in trainer.parameters)
+    log.write(
+        "start",
+        preset=name,
+        config=dataclasses.asdict(trainer.preset),
+        **environment(here.device),
+        attention=f"{rung} {attention_version(rung)}",
+        world_size=here.world_size,
+        dtype=str(here.dtype),
+        compile=here.compile,
+        parameters=n_parameters,
+        **position_fields(position),
+    )
+    start = f"resumed at step {position.step}, {position.elapsed_s:.1f} s" if position.step else "from the start"
+    print(
+        f"{name}: {n_parameters:,} parameters, attention {rung}, {here.world_size} x {here.device.type}, "
+        f"{trainer.accumulation} micro-step(s) a step, {start}",
+        flush=True,
+    )
 
 
 def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
+    rung, attend = choose_attention(preset.model.attention, here.device, here.dtype)
+    if rung == "plain" and here.compile:
+        raise ConfigError(
+            "run.compile expected flash attention, whose segments stay on the GPU: got plain attention "
+            f"({here.device.type}, {here.dtype}; --run.compile off)"
+        )
     model = GPT(preset.model, seed=preset.run.seed, dtype=here.dtype).to(here.device)
-    rung, model.attend = choose_attention(preset.model.attention, here.device, here.dtype)
+    model.attend = attend
     return model, rung
-
-
-def restore(trainer: Trainer, path: Path) -> Position:
-    tensors, position = load_checkpoint(path, trainer.preset)
-    trainer.load_state_dict(tensors)
-    return position
 
 
 def position_fields(position: Position) -> dict[str, object]:
@@ -215,24 +237,26 @@ def position_fields(position: Position) -> dict[str, object]:
 def run_clock(trainer: Trainer, prepared: Prepared, here: Launch, position: Position, log: RunLog | None) -> Position:
     """Train until the clock runs out, with a progress line, log records and checkpoints on rank 0."""
     preset = trainer.preset
-    clock = Clock(here.device, here.world_size, position.elapsed_s)
-    path = Path(preset.run.out) / CHECKPOINT
-    saved_at = position.elapsed_s
+    every_s, path = preset.run.checkpoint_every_s, Path(preset.run.out) / CHECKPOINT
+    last_s = preset.schedule.budget_s - preset.schedule.reserve_s - 5.0  # later, writing would break the budget
+    saved_s = position.elapsed_s
     with make_loader(preset, prepared, here, position.cursor) as batches, ProgressLine(preset.schedule, log) as line:
+        clock = Clock(here.device, here.world_size, position.elapsed_s, line.update)
 
         def on_step(position: Position) -> None:
-            nonlocal saved_at
-            line.update(position.step, clock.elapsed_s, clock.loss)
+            nonlocal saved_s
             # Every rank has the same elapsed_s, so every rank takes this branch at the same step.
-            if preset.run.checkpoint_every_s and clock.elapsed_s - saved_at >= preset.run.checkpoint_every_s:
+            if every_s and saved_s + every_s <= clock.elapsed_s < last_s:
                 clock.drain()
-                position.elapsed_s = saved_at = clock.elapsed_s
+                position.elapsed_s = saved_s = clock.elapsed_s
                 if log:  # rank 0; the others stand at the same place with the same state
-                    save_checkpoint(path, trainer.state_dict(), position, preset)
+                    save_checkpoint(path, trainer, position)
                     log.write("checkpoint", **position_fields(position))
+                clock.refresh()
 
         position = train(trainer, batches, clock, position, on_step)
-        line.update(position.step, clock.elapsed_s, clock.loss, final=True)
+    if log:
+        log.write("end of training", **position_fields(position))
     return position
 
 
@@ -245,34 +269,33 @@ def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Positio
     path = Path(preset.run.out) / ARTIFACT
     trainer.ema.copy_to(model)
     model.eval()
+    with stages.stage("quantise"):
+        quantized = quantize(model.state_dict(), preset.artifact)
+    with stages.stage("write"):
+        write_artifact(path, quantized, preset.model)
     held_out = ValidationSet.load(
-        prepared.val, prepared.tokenizer, vocab_size=preset.model.vocab_size, bos_id=preset.model.bos_id
+        prepared.val,
+        prepared.tokenizer,
+        vocab_size=preset.model.vocab_size,
+        bos_id=preset.model.bos_id,
+        max_tokens=preset.data.max_val_tokens,
     )
 
     def score(stage: str, scored: GPT) -> float:
-        with stages.stage(stage):
-            result = evaluate_model(scored, held_out, preset.evaluation)
-        log.write("score", name=stage, bits_per_byte=result.bits_per_byte, nats_per_token=result.nats_per_token)
-        return result.bits_per_byte
+        with stages.stage(f"score {stage}"):
+            return evaluate_model(scored, held_out, config).bits_per_byte
 
-    bits = {"before quantisation": score("score before quantisation", model)}
-    with stages.stage("quantise"):
-        quantized = quantize(model.state_dict(), preset.artifact)
-        set_weights(model, quantized)
-    bits["after quantisation"] = score("score after quantisation", model)
-    with stages.stage("write"):
-        write_artifact(path, quantized, preset.model)
+    config = preset.evaluation
+    bits = {"before quantisation": score("before quantisation", model)}
+    set_weights(model, quantized)
+    bits["after quantisation"] = score("after quantisation", model)
     with stages.stage("reload"):
         reloaded, _ = load_model(path, here.device, here.dtype, attention=preset.model.attention)
-    bits["after reload"] = score("score after reload", reloaded)
+    bits["after reload"] = score("after reload", reloaded)
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
-    ledger = byte_ledger(
-        read_container(path),
-        source_files(Path(__file__).with_name("evaluate.py")),
-        preset.artifact.cap_bytes,
-        prepared.tokenizer,
-    )
+    code = source_files(Path(__file__).with_name("evaluate.py"))
+    ledger = byte_ledger(read_container(path), code, preset.artifact.cap_bytes, prepared.tokenizer)
     log.write(
         "end of run",
         bits_per_byte=bits,
@@ -285,18 +308,19 @@ def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Positio
     )
     report(bits, yardsticks, ledger, position, stages, path)
     seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
-    print(f"evaluation (reload and score): {seconds:.1f} s of {preset.evaluation.budget_s:.0f} s")
+    over = "" if seconds <= config.budget_s else ": OVER THE BUDGET"
+    print(f"evaluation (reload and score): {seconds:.1f} s of {config.budget_s:.0f} s{over}")
 
 
 def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
-    """Bits per byte that far simpler means reach on the same held-out text."""
-    counts = np.zeros(prepared.vocab_size, np.int64)
-    for shard in prepared.train:
-        counts += np.bincount(read_shard(shard), minlength=prepared.vocab_size)
-    targets = held_out.tokens[1:]
-    processor = tokenizers.load(prepared.tokenizer, prepared.vocab_size)
-    text = tokenizers.decode_documents(processor, held_out.tokens)
-    unigram = token_unigram_bits_per_byte(counts, targets, float(held_out.byte_counts.sum(dtype=np.int64)))
+    """Bits per byte that far simpler means reach: the unigram and the compressors, on the first YARDSTICK_TOKENS.
+
+    The unigram's counts are those of the first training shards up to as many tokens.
+    """
+    counts = count_tokens(prepared.train, prepared.vocab_size, YARDSTICK_TOKENS)
+    tokens, n_bytes = held_out.tokens[:YARDSTICK_TOKENS], held_out.byte_counts[:YARDSTICK_TOKENS].sum(dtype=np.int64)
+    text = tokenizers.decode_documents(tokenizers.load(prepared.tokenizer, prepared.vocab_size), tokens)
+    unigram = token_unigram_bits_per_byte(counts, tokens[1:], float(n_bytes))
     return {"token unigram": unigram} | compressor_bits_per_byte(text)
 
 

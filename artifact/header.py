@@ -96,8 +96,7 @@ def _config(values: object) -> GPTConfig:
     for name in values:
         require(name in types, f"header: expected only settings of this version's model, found {name!r}")
     for name, kind in types.items():
-        require(name in values, f"header: expected the model's setting {name!r}, found none")
-        value = values[name]
+        value = values.get(name, getattr(GPTConfig, name))  # a setting added later must default to what was before it
         require(_is_a(kind, value), f"header: expected {name} to be {_describe(kind)}, found {value!r}")
     try:
         return GPTConfig(**values)

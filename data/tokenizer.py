@@ -64,11 +64,19 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
     Deterministic: the same documents in the same order give the same file. DataError where the text supports fewer
     pieces, needs more, or is empty.
     """
-    texts = (sentence for document in documents for sentence in sentences(clean(document)))
-    model = io.BytesIO()
+    failures, model = [], io.BytesIO()
+
+    def texts() -> Iterator[str]:
+        try:
+            for document in documents:
+                yield from sentences(clean(document))
+        except Exception as error:  # the trainer would wrap it, with its stack, into a RuntimeError of its own
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts,
+            sentence_iterator=texts(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -86,6 +94,8 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise DataError(_training_failure(str(error), vocab_size)) from error
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if found != vocab_size:

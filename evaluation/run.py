@@ -13,7 +13,7 @@ from niblick.data.errors import DataError
 from niblick.data.shards import check_ids, first_bos, read_shard
 from niblick.evaluation.hints import token_hints
 from niblick.evaluation.score import Score, score
-from niblick.evaluation.windows import Method, Tail, plain_windows, rows_kept, sliding_windows
+from niblick.evaluation.windows import plain_windows, rows_kept, sliding_windows
 from niblick.model.config import EvalConfig
 from niblick.model.gpt import GPT
 
@@ -51,8 +51,6 @@ def evaluate_model(
     data: ValidationSet,
     config: EvalConfig,
     *,
-    method: Method = "plain",
-    tail: Tail = "keep",
     tilt: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
@@ -61,8 +59,8 @@ def evaluate_model(
     `progress` is called with the targets scored so far and all of them. ConfigError for sizes that leave no target.
     """
     began = time.perf_counter()
-    n_rows = rows_kept(len(data.tokens), config.sequence_length, tail)
-    if method == "plain":
+    n_rows = rows_kept(len(data.tokens), config.sequence_length, config.tail)
+    if config.method == "plain":
         windows = plain_windows(n_rows, config.sequence_length)
     else:
         windows = sliding_windows(n_rows, config.sequence_length, config.stride)

@@ -75,7 +75,7 @@ def score(
 
     tokens (N,) of an integer type and byte_counts (N,): bytes that each token stands for. A forward takes as many
     windows as fit in tokens_per_batch, at least one. `progress` is called with the targets scored so far and all of
-    them. Sums are in float64 on the device, which is waited for once, at the end.
+    them. Sums are in float64 on the device.
 
     ConfigError for no window, or hints for a model with two softcaps.
     """

@@ -9,6 +9,8 @@ The ladder is FlashAttention-4 -> 3 -> 2 -> torch's own; `plain` is the loop ove
 
 import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 
 import torch
@@ -35,7 +37,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     for rung in LADDER if name == "auto" else (name,):
         try:
             return rung, _LOADERS[rung](device)
-        except (ImportError, ConfigError) as error:
+        except (ImportError, OSError, AttributeError, ConfigError) as error:  # not there, or built for another torch
             reasons.append(f"{rung}: {error}")
     raise ConfigError(f"model.attention {name} is not available here ({'; '.join(reasons)})")
 
@@ -100,6 +102,7 @@ def _from_varlen_func(varlen_func: Callable) -> Attend:
     return attend
 
 
+@cache  # an op is registered once a process
 def _load_fa4(device: torch.device) -> Attend:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -174,3 +177,13 @@ _LOADERS: dict[str, Callable[[torch.device], Attend]] = {
     "fa2": _load_fa2,
     "torch": _load_torch,
 }
+
+PACKAGES = {"fa4": "flash-attn-4", "fa3": "flash-attn-3", "fa2": "flash-attn"}
+
+
+def attention_version(rung: str) -> str:
+    """The version of the package behind a rung; torch's for its own rungs."""
+    try:
+        return version(PACKAGES[rung]) if rung in PACKAGES else torch.__version__
+    except PackageNotFoundError:
+        return "of unknown version"

@@ -4,30 +4,28 @@ import dataclasses
 import json
 from pathlib import Path
 
-from torch import Tensor
-
-from niblick.model.config import ConfigError, Preset
+from niblick.model.config import ConfigError
 from niblick.model.files import write_atomically
-from niblick.model.training import Position
-
-SAME = ("model", "optim", "batch", "data")
-"""The parts of a preset that a resumed run must share with the one that wrote the checkpoint."""
+from niblick.model.training import Position, Trainer
 
 FREE = ("cache", "prefetch", "attention")
-"""Fields of those parts that do not change what is computed."""
+"""Settings that do not change what is computed. The schedule is free too: a run may be given a longer budget."""
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], position: Position, preset: Preset) -> None:
-    """Write beside and rename: a run that is killed meanwhile leaves the previous checkpoint in place."""
+def save_checkpoint(path: Path, trainer: Trainer, position: Position) -> None:
+    """Write beside and rename: a run that is killed meanwhile leaves the previous checkpoint in place. OSError.
+
+    The time that the last write takes is not in its file: a run resumed from it does not pay for it.
+    """
     from safetensors.torch import save
 
-    record = {"position": dataclasses.asdict(position), "preset": dataclasses.asdict(preset)}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    record = {"position": dataclasses.asdict(position), "identity": _identity(trainer)}
+    tensors = {name: tensor.contiguous() for name, tensor in trainer.state_dict().items()}
     write_atomically(path, lambda file: file.write(save(tensors, {"niblick": json.dumps(record)})))
 
 
-def load_checkpoint(path: Path, preset: Preset) -> tuple[dict[str, Tensor], Position]:
-    """Tensors on the CPU and the position. Refuses a file that is damaged or belongs to another configuration."""
+def load_checkpoint(path: Path, trainer: Trainer) -> Position:
+    """Put the trainer where the checkpoint was written. ConfigError for a file that is damaged or of another run."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -35,19 +33,23 @@ def load_checkpoint(path: Path, preset: Preset) -> tuple[dict[str, Tensor], Posi
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["niblick"])
+            position, identity = Position(**record["position"]), record["identity"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"{path}: expected a checkpoint of niblick, found a damaged or foreign file ({error})"
         ) from error
-    _require_same(path, record["preset"], dataclasses.asdict(preset))
-    return tensors, Position(**record["position"])
+    for name, expected in _identity(trainer).items():
+        if identity.get(name) != expected:
+            raise ConfigError(f"{path} was written with {name} = {identity.get(name)!r}: expected {expected!r}")
+    trainer.load_state_dict(tensors)
+    return position
 
 
-def _require_same(path: Path, found: dict, expected: dict) -> None:
-    for part in SAME:
-        for key, value in expected[part].items():
-            if key not in FREE and found[part].get(key) != value:
-                raise ConfigError(
-                    f"{path} was written with {part}.{key} = {found[part].get(key)!r}: expected {value!r}"
-                )
+def _identity(trainer: Trainer) -> dict[str, object]:
+    """What a resumed run must share with the one that wrote the checkpoint, by the name of its setting."""
+    preset = trainer.preset
+    parts = {name: dataclasses.asdict(getattr(preset, name)) for name in ("model", "optim", "batch", "data")}
+    settings = {f"{part}.{key}": value for part, fields in parts.items() for key, value in fields.items()}
+    launch = {"run.seed": preset.run.seed, "run.precision": str(trainer.model.dtype), "ranks": trainer.world_size}
+    return {name: value for name, value in settings.items() if name.split(".")[1] not in FREE} | launch

@@ -17,6 +17,13 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_range(config: object, section: str, low: float, high: float, *names: str) -> None:
+    """Each named field lies in low..high, both included; NaN does not."""
+    for name in names:
+        value = getattr(config, name)
+        _require(low <= value <= high, f"{section}.{name} must be in {low:g}..{high:g}: got {value}")
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Architecture of the compact GPT (PR #1855 of the challenge and its relatives)."""
@@ -89,6 +96,10 @@ class GPTConfig:
         return self.num_kv_heads * self.head_dim
 
     def __post_init__(self) -> None:
+        sizes = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "max_segment")
+        _require_range(self, "model", 1, 1e6, *sizes, "smear_window", "gate_window")
+        _require_range(self, "model", 1e-6, 1e6, "softcap", "rope_base")
+        _require_range(self, "model", 0, 1e6, "embedding_std", "loop_extra_passes", "xsa_last_layers")
         _require(
             self.model_dim % self.num_heads == 0,
             f"model.model_dim must be a multiple of model.num_heads: got {self.model_dim} and {self.num_heads}",
@@ -102,12 +113,10 @@ class GPTConfig:
             f"model.rope_dims must be even and at most the head width {self.head_dim}: got {self.rope_dims}",
         )
         _require(1 < self.vocab_size <= 131_072, f"model.vocab_size must be in 2..131072: got {self.vocab_size}")
-        _require(self.softcap > 0, f"model.softcap must be positive: got {self.softcap}")
-        _require(self.loop_extra_passes >= 0, f"model.loop_extra_passes must be >= 0: got {self.loop_extra_passes}")
         if self.loop_extra_passes:
             _require(
                 0 <= self.loop_start <= self.loop_end < self.num_layers,
-                f"model.loop_start..loop_end must lie in 0..{self.num_layers - 1}: "
+                f"model.loop_start..model.loop_end must lie in 0..{self.num_layers - 1}: "
                 f"got {self.loop_start}..{self.loop_end}",
             )
         if self.parallel in ("two_lane", "cross_lane"):
@@ -160,8 +169,12 @@ class OptimConfig:
     ema_decay: float = 0.9965
 
     def __post_init__(self) -> None:
-        _require(self.grad_clip > 0, f"optim.grad_clip must be positive: got {self.grad_clip}")
-        _require(0 <= self.ema_decay < 1, f"optim.ema_decay must be in [0, 1): got {self.ema_decay}")
+        _require_range(self, "optim", 0, 1e3, "matrix_lr", "embedding_lr", "scalar_lr")
+        _require_range(self, "optim", 0, 1e3, "matrix_decay", "embedding_decay", "scalar_decay")
+        below_one = ("beta1", "beta2", "momentum", "momentum_start", "normuon_beta2", "ema_decay")
+        _require_range(self, "optim", 0, 1 - 1e-9, *below_one)
+        _require_range(self, "optim", 1e-30, 1e30, "eps", "grad_clip")
+        _require_range(self, "optim", 0, 1e9, "momentum_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -178,12 +191,15 @@ class ScheduleConfig:
     """Full steps per loop mode before the clock starts; weights, optimizers and data position are then restored."""
 
     def __post_init__(self) -> None:
+        _require_range(self, "schedule", 0, 1e7, "budget_s", "reserve_s")
         _require(
-            self.budget_s > self.reserve_s >= 0,
+            self.budget_s > self.reserve_s,
             f"schedule.budget_s must exceed schedule.reserve_s: got {self.budget_s} and {self.reserve_s}",
         )
-        _require(0 < self.warmdown <= 1, f"schedule.warmdown must be in (0, 1]: got {self.warmdown}")
-        _require(self.max_steps > 0, f"schedule.max_steps must be positive: got {self.max_steps}")
+        _require_range(self, "schedule", 1e-9, 1, "warmdown")
+        _require_range(self, "schedule", 0, 1, "min_lr", "loop_at")
+        _require_range(self, "schedule", 1, 1e9, "max_steps")
+        _require_range(self, "schedule", 0, 1e6, "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -191,6 +207,9 @@ class BatchConfig:
     tokens_per_step: int = 786_432
     tokens_per_micro_step: int = 98_304
     """Per rank. Accumulation is tokens_per_step / (tokens_per_micro_step x ranks) and must come out whole."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "batch", 1, 1e9, "tokens_per_step", "tokens_per_micro_step")
 
     def accumulation(self, world_size: int) -> int:
         once = self.tokens_per_micro_step * world_size
@@ -211,11 +230,19 @@ class DataConfig:
     loader: Literal["documents", "sequences", "stream"] = "documents"
     order: Literal["name", "compressible_first", "compressible_last"] = "name"
     held_out: float = 0.05
+    """Share of the documents that is held out, by the hash of their names; of text sources only."""
     max_val_tokens: int = 0
     """Cuts the held-out stream; 0 keeps all of it."""
     shard_tokens: int = 10_000_000
+    """Of the shards that are prepared from text."""
     cache: str = "cache"
     prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        _require_range(self, "data", 0, 1e12, "max_val_tokens")
+        _require_range(self, "data", 2, 2**31 - 1, "shard_tokens")
+        _require_range(self, "data", 1, 1e3, "prefetch")
+        _require(0 < self.held_out < 1, f"data.held_out must be in (0, 1): got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -230,19 +257,29 @@ class ArtifactConfig:
     cap_bytes: int = 16_000_000
 
     def __post_init__(self) -> None:
-        for name in ("matrix_bits", "embedding_bits"):
-            bits = getattr(self, name)
-            _require(2 <= bits <= 8, f"artifact.{name} must be in 2..8: got {bits}")
-        for name in ("attention_clip", "mlp_clip", "embedding_clip"):
-            _require(getattr(self, name) > 0, f"artifact.{name} must be positive: got {getattr(self, name)}")
+        _require_range(self, "artifact", 2, 8, "matrix_bits", "embedding_bits")
+        _require_range(self, "artifact", 1e-6, 1e6, "attention_clip", "mlp_clip", "embedding_clip")
+        _require_range(self, "artifact", 1, 1e12, "cap_bytes")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
+    method: Literal["plain", "sliding"] = "plain"
+    """`plain`: consecutive windows. `sliding`: overlapping ones, each target with at least sequence_length - stride
+    tokens before it; the work grows by sequence_length / stride."""
     sequence_length: int = 2048
     stride: int = 64
+    """New tokens a sliding window."""
+    tail: Literal["keep", "drop"] = "keep"
+    """`drop`: leave out the last, shorter window, as the challenge does."""
     tokens_per_batch: int = 65_536
     budget_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require_range(self, "evaluation", 1, 1e6, "sequence_length", "tokens_per_batch")
+        if self.method == "sliding":
+            _require_range(self, "evaluation", 1, self.sequence_length, "stride")
+        _require_range(self, "evaluation", 1e-3, 1e7, "budget_s")
 
 
 @dataclass(frozen=True)
@@ -260,6 +297,10 @@ class RunConfig:
     """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget."""
     resume: bool = False
     """Go on from the checkpoint in `out`."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "run", 0, 2**63 - 1, "seed")
+        _require_range(self, "run", 0, 1e9, "checkpoint_every_s")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The presets: each published system as its difference from another, and `demo`, small with every mechanism on.
+"""The presets: each published system as its difference from another, and `demo`: small, the records' mechanisms on.
 
 Constants come from the logs of the named pull requests of the Parameter Golf challenge; where a log and its README
 disagree, the log is followed.

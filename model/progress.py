@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from niblick.model.config import ScheduleConfig
 from niblick.model.runlog import RunLog
+from niblick.model.schedule import Reading
 
 
 class ProgressLine:
@@ -18,9 +19,9 @@ class ProgressLine:
     def __init__(self, schedule: ScheduleConfig, log: RunLog | None, every_s: float = 10.0) -> None:
         self._limit = schedule.budget_s - schedule.reserve_s
         self._log, self._every = log, every_s
-        self._shown_at = self._step_at = time.perf_counter()
-        self._last_step: int | None = None
-        self._ms = float("nan")
+        self._shown_at = time.perf_counter()
+        self._before: Reading | None = None
+        self._ms: float | None = None
         live = log is not None and Console().is_terminal
         self._bar = Progress(
             BarColumn(), TextColumn("{task.description}"), disable=not live, auto_refresh=False, transient=False
@@ -32,24 +33,28 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            self._show(self._before)
         self._bar.stop()
 
-    def update(self, step: int, elapsed_s: float, loss: float, final: bool = False) -> None:
+    def update(self, reading: Reading) -> None:
         if self._log is None:
             return
+        self._log.write("step", step=reading.step, loss=reading.loss, elapsed_s=round(reading.elapsed_s, 4))
+        if self._before is not None:
+            latest = 1e3 * (reading.elapsed_s - self._before.elapsed_s)
+            self._ms = latest if self._ms is None else 0.9 * self._ms + 0.1 * latest
+        self._before = reading
         now = time.perf_counter()
-        if self._last_step is not None and step > self._last_step:
-            latest = 1e3 * (now - self._step_at) / (step - self._last_step)
-            self._ms = latest if self._ms != self._ms else 0.9 * self._ms + 0.1 * latest
-        self._step_at, self._last_step = now, step
-        # The loss is that of the step before: the clock reads it while the next one runs.
-        self._log.write("step" if not final else "end", step=step, elapsed_s=round(elapsed_s, 4), loss=loss)
-        if not (final or now - self._shown_at >= (0.2 if not self._bar.disable else self._every)):
-            return
-        self._shown_at = now
-        left = max(0.0, self._limit - elapsed_s)
-        text = f"step {step}  loss {loss:.4f}  {self._ms:.1f} ms/step  {left:.0f} s left"
+        if now - self._shown_at >= (self._every if self._bar.disable else 0.2):
+            self._shown_at = now
+            self._show(reading)
+
+    def _show(self, reading: Reading) -> None:
+        left = max(0.0, self._limit - reading.elapsed_s)
+        ms = "" if self._ms is None else f"  {self._ms:.1f} ms/step"
+        text = f"step {reading.step}  loss {reading.loss:.4f}{ms}  {left:.0f} s left"
         if self._bar.disable:
             print(text, flush=True)
         else:
-            self._bar.update(self._task, completed=elapsed_s, description=text, refresh=True)
+            self._bar.update(self._task, completed=reading.elapsed_s, description=text, refresh=True)

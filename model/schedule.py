@@ -1,6 +1,8 @@
 """The schedule as a function of the clock, and the clock itself."""
 
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,68 +28,80 @@ def momentum(step: int, config: OptimConfig) -> float:
     return config.momentum_start + (config.momentum - config.momentum_start) * ramp
 
 
+class Reading(NamedTuple):
+    """A step that has ended: its number, the mean loss of this rank's micro-steps, seconds on the clock at its end."""
+
+    step: int
+    loss: float
+    elapsed_s: float
+
+
 class Clock:
     """Seconds of training, the same number on every rank, and losses, without stalling the GPU.
 
     Inside the clock: everything from `start` on, the writing of checkpoints included. Outside: reading data and
-    models from disk, compilation, the warm-up steps, and whatever runs between `pause` and `resume`.
+    models from disk, compilation, the warm-up steps.
 
-    `tick` is called once a step. It enqueues the copy of the step's loss to the host, then waits for the *previous*
-    step to end: so one step is always in flight, and elapsed time is known to within a step. Ranks agree by taking
-    the latest of their clocks (one collective of one number a step, read a step later).
+    `tick` is called once a step. On a GPU it enqueues the copy of the step's loss to the host and then waits for the
+    step *before* to end, so that one step is always in flight; `ahead_s` adds the time that one will take. Ranks agree
+    on the latest of their clocks, by one number a step over the CPU, so the GPU never waits for it.
     """
 
-    def __init__(self, device: torch.device, world_size: int, elapsed_s: float = 0.0) -> None:
-        self.device, self.world_size = device, world_size
-        self.elapsed_s = elapsed_s
-        self.loss = float("nan")
-        """Of the last step read, this rank's own micro-steps' mean."""
-        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+    def __init__(
+        self,
+        device: torch.device,
+        world_size: int,
+        elapsed_s: float = 0.0,
+        on_reading: Callable[[Reading], object] = lambda reading: None,
+    ) -> None:
+        self.device, self.elapsed_s = device, elapsed_s
+        self._on_reading = on_reading
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._pending: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
+        self._step_s = 0.0
         self._origin = time.perf_counter() - elapsed_s
 
+    @property
+    def ahead_s(self) -> float:
+        """Seconds on the clock when all steps so far will have ended."""
+        return self.elapsed_s + (self._step_s if self._pending else 0.0)
+
     def start(self) -> None:
-        self._synchronize()
-        self._origin = time.perf_counter() - self.elapsed_s
-
-    def pause(self) -> None:
-        self.drain()
-        self._synchronize()
-        self.elapsed_s = time.perf_counter() - self._origin
-
-    resume = start
-
-    def tick(self, loss: torch.Tensor) -> None:
-        previous, self._pending = self._pending, self._enqueue(loss)
-        if previous is not None:
-            self._read(previous)
-
-    def drain(self) -> None:
-        """Wait for the step in flight; afterwards `loss` and `elapsed_s` are those of the last step."""
-        if self._pending is not None:
-            self._read(self._pending)
-            self._pending = None
-
-    def _enqueue(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        now = time.perf_counter() - self._origin
-        loss = loss.detach().double()
-        pair = torch.stack((loss, torch.full_like(loss, now)))
-        if self.world_size > 1:
-            dist.all_reduce(pair[1:], op=dist.ReduceOp.MAX)
-        if self.device.type != "cuda":
-            return pair, None
-        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        host.copy_(pair, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event
-
-    def _read(self, pending: tuple[torch.Tensor, torch.cuda.Event | None]) -> None:
-        pair, event = pending
-        if event is not None:
-            event.synchronize()
-        self.loss = float(pair[0])
-        self.elapsed_s = float(pair[1]) if self.world_size > 1 else time.perf_counter() - self._origin
-
-    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._origin = time.perf_counter() - self.elapsed_s
+
+    def tick(self, step: int, loss: torch.Tensor) -> None:
+        if self.device.type != "cuda":
+            self._read(step, loss)
+            return
+        host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        host.copy_(loss, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, self._pending = self._pending, (step, host, event)
+        if previous:
+            self._wait(*previous)
+
+    def drain(self) -> None:
+        """Wait for the step in flight, if any."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._wait(*pending)
+
+    def refresh(self) -> None:
+        """Bring `elapsed_s` up to now, after work on the clock that is no step."""
+        now = torch.tensor(time.perf_counter() - self._origin, dtype=torch.float64)
+        if self._group is not None:
+            dist.all_reduce(now, op=dist.ReduceOp.MAX, group=self._group)
+        self.elapsed_s = now.item()
+
+    def _wait(self, step: int, loss: torch.Tensor, event: torch.cuda.Event) -> None:
+        event.synchronize()
+        self._read(step, loss)
+
+    def _read(self, step: int, loss: torch.Tensor) -> None:
+        before = self.elapsed_s
+        self.refresh()
+        self._step_s = self.elapsed_s - before
+        self._on_reading(Reading(step, loss.item(), self.elapsed_s))

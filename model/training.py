@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -143,16 +144,17 @@ class Trainer:
 def train(
     trainer: Trainer, batches: Iterator[Batch], clock: Clock, position: Position, on_step: Callable[[Position], None]
 ) -> Position:
-    """Steps until the clock or the step count runs out. A recompilation inside the clock is an error.
+    """Steps until the clock or the step count runs out: a step starts if all before it end inside the budget.
 
-    `on_step` is called after every step, on the clock; `clock.loss` and `clock.elapsed_s` lag by one step there.
+    A recompilation inside the clock is an error. `on_step` is called after every step, on the clock.
     """
     schedule, optim = trainer.preset.schedule, trainer.preset.optim
-    limit_s = schedule.budget_s - schedule.reserve_s
+    limit_s, start = schedule.budget_s - schedule.reserve_s, position.step
+    batches = chain([next(batches)], batches)  # a resumed loader finds its place before the clock starts
     clock.start()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        while clock.elapsed_s < limit_s and position.step < schedule.max_steps:
-            fraction = progress(clock.elapsed_s, schedule)
+        while clock.ahead_s < limit_s and position.step < schedule.max_steps:
+            fraction = progress(clock.ahead_s, schedule)
             loss, position.cursor = trainer.step(
                 batches,
                 factor=lr_factor(fraction, schedule),
@@ -160,13 +162,14 @@ def train(
                 looping=len(trainer.loop_modes()) > 1 and fraction >= schedule.loop_at,
             )
             position.step += 1
-            clock.tick(loss)
+            clock.tick(position.step, loss)
+            if position.step == start + 1:
+                clock.drain()  # from here on the clock knows what a step takes
             if position.step == 1:
-                clock.drain()
                 _require_room_for_a_step(clock.elapsed_s, limit_s)
             position.elapsed_s = clock.elapsed_s
             on_step(position)
-    clock.pause()
+        clock.drain()
     position.elapsed_s = clock.elapsed_s
     return position
 

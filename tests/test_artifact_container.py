@@ -211,7 +211,6 @@ def set_tensor(index, place, value):
 
 FAULTS = {
     "unknown field": (set_config("depth", 3), "expected only settings of this version's model, found 'depth'"),
-    "missing field": (lambda h: h["config"].pop("softcap"), "expected the model's setting 'softcap', found none"),
     "field of another type": (set_config("num_layers", "4"), "expected num_layers to be int, found '4'"),
     "bool for an integer": (set_config("num_layers", True), "expected num_layers to be int, found True"),
     "unknown choice": (set_config("smear", "left"), r"expected smear to be one of \['none'.*\], found 'left'"),

@@ -101,9 +101,9 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
 
     monkeypatch.setattr(run, "score", score)
     data = ValidationSet(np.ones(100, np.uint16), np.ones(100, np.int16))
-    evaluate_model(None, data, EvalConfig(sequence_length=32), method="plain", tail="drop", tilt=True)
+    evaluate_model(None, data, EvalConfig(sequence_length=32, tail="drop"), tilt=True)
     assert seen["windows"] == plain_windows(96, 32) and (seen["hints"].tokens[20:] == 1).all()
-    evaluate_model(None, data, EvalConfig(sequence_length=32, stride=8), method="sliding")
+    evaluate_model(None, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
     assert len(seen["windows"]) == 10 and seen["hints"] is None
 
 
@@ -112,14 +112,14 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     [
         (["--methd", "plain"], "unknown option '--methd' (nearest: --method)"),
         (["--strid=5"], "unknown option '--strid=5' (nearest: --stride)"),
-        (["--method", "sliding", "--stride", "17"], "stride: expected at most the sequence length 16, found 17"),
-        (["--method", "sliding", "--stride", "0"], "stride: expected at least 1, found 0"),
+        (["--method", "sliding", "--stride", "17"], "stride must be in 1..16: got 17"),
+        (["--method", "sliding", "--stride", "0"], "stride must be in 1..16: got 0"),
         (["--tail", "drop", "--max-tokens", "16"], "expected at least one target, found none in 16 tokens"),
         (["--max-tokens", "1"], "expected at least 2 held-out tokens, found 1"),
         (["--attention", "fa4"], "model.attention fa4 needs a CUDA device"),
         (["--tokenizer", "nowhere.model"], "nowhere.model: cannot read the tokenizer"),
         (["--data", "nowhere"], "nowhere: no val shards: expected"),
-        (["--sequence-length", "-3"], "sequence length: expected at least 1, found -3"),
+        (["--sequence-length", "-3"], "sequence_length must be in 1..1e+06: got -3"),
     ],
 )
 def test_bad_options_give_one_line_and_status_2(evaluate, folder, capsys, more, message):

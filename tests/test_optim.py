@@ -162,3 +162,40 @@ def test_schedule_constants_of_the_records() -> None:
 def test_momentum_ramp() -> None:
     config = PRESETS["pr1855"].optim
     assert [round(momentum(step, config), 9) for step in (0, 750, 1500, 9000)] == [0.92, 0.945, 0.97, 0.97]
+
+
+def naive_adamw(p, gradients, lr: float, decay: float, config: OptimConfig) -> torch.Tensor:
+    p, m, v = p.double().clone(), 0.0, 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = config.beta1 * m + (1 - config.beta1) * g.double()
+        v = config.beta2 * v + (1 - config.beta2) * g.double().square()
+        p = p * (1 - lr * decay)
+        p = p - lr * (m / (1 - config.beta1**t)) / ((v / (1 - config.beta2**t)).sqrt() + config.eps)
+    return p
+
+
+def test_all_groups_step_by_their_own_rates_and_decays() -> None:
+    """Constants are all distinct, and the factor is not 1, so that none can stand in for another."""
+    config = OptimConfig(
+        matrix_lr=0.011, embedding_lr=0.023, scalar_lr=0.037, beta1=0.8, beta2=0.9,
+        matrix_decay=0.5, embedding_decay=0.7, scalar_decay=0.3, momentum_bf16=False,
+    )  # fmt: skip
+    model, generator = GPT(SMALL, seed=1), torch.Generator().manual_seed(4)
+    optimizers = Optimizers(model, config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {name: [torch.randn(p.shape, generator=generator) for _ in range(3)] for name, p in start.items()}
+    for i in range(3):
+        for name, p in model.named_parameters():
+            p.grad = gradients[name][i]
+        optimizers.step(0.4, momentum=0.85)
+    for name, p in model.named_parameters():
+        if name in BANKS:
+            lr, gs = 0.4 * config.matrix_lr, gradients[name]
+            want = torch.stack(
+                [naive_muon(start[name][j], [g[j] for g in gs], config, lr, 0.85) for j in range(len(p))]
+            )
+        elif name == "embedding":
+            want = naive_adamw(start[name], gradients[name], 0.4 * config.embedding_lr, config.embedding_decay, config)
+        else:
+            want = naive_adamw(start[name], gradients[name], 0.4 * config.scalar_lr, config.scalar_decay, config)
+        assert_close_f32(name, p, want)

@@ -15,7 +15,9 @@ import torch
 from numerics import assert_close_f32
 from safetensors.torch import load_file
 
+from niblick.data.errors import DataError
 from niblick.data.shards import HEADER_BYTES, write_shard
+from niblick.model.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = 300
@@ -55,6 +57,7 @@ def train(corpus: Path, tmp_path: Path, capsys):
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
+    run.script = script
     return run
 
 
@@ -78,6 +81,36 @@ def test_whole_job(train, tmp_path: Path) -> None:
     for heading in ("bits per byte", "token unigram", "xz -9e", "ms/step", "left of 16,000,000"):
         assert heading in out
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_the_average_is_what_is_scored_and_shipped(train, tmp_path: Path) -> None:
+    """An average that hardly moves is the initial model, however well the weights themselves have learned."""
+    train("--schedule.max-steps", "40", "--optim.ema-decay", "0.999999")
+    last = records(tmp_path / "out")[-1]
+    assert last["bits_per_byte"]["before quantisation"] > last["yardsticks"]["token unigram"]
+
+
+def test_score_after_reload_is_that_of_the_file(train, tmp_path: Path, monkeypatch) -> None:
+    load_model = train.script.load_model
+
+    def load_and_spoil(path, *words, **options):
+        model, rung = load_model(path, *words, **options)
+        model.embedding.data.zero_()
+        return model, rung
+
+    monkeypatch.setattr(train.script, "load_model", load_and_spoil)
+    train("--schedule.max-steps", "3")
+    bits = records(tmp_path / "out")[-1]["bits_per_byte"]
+    assert bits["after reload"] != bits["after quantisation"]
+
+
+def test_a_failure_after_training_does_not_lose_the_artifact(train, tmp_path: Path, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise DataError("no score today")
+
+    monkeypatch.setattr(train.script, "evaluate_model", fail)
+    status, _, err = train("--schedule.max-steps", "2")
+    assert status == 2 and err == "train.py: no score today\n" and (tmp_path / "out/artifact.nbk").exists()
 
 
 def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
@@ -116,27 +149,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 
 
-def test_two_ranks_equal_one_that_accumulates(corpus: Path, tmp_path: Path) -> None:
-    shared = [
-        "--batch.tokens-per-step",
-        "512",
-        "--schedule.max-steps",
-        "4",
-        "--run.checkpoint-every-s",
-        "1e-6",
-        "--schedule.budget-s",
-        "600",
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, start in (("one", [sys.executable]), ("two", launcher)):
-        subprocess.run(
-            [*start, *command(corpus, tmp_path / name, *shared)],
-            cwd=ROOT,
-            env=environment(),
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
+STEADY = ["--schedule.budget-s", "600", "--schedule.loop-at", "0", "--schedule.min-lr", "1"]
+"""The clock decides nothing: the same steps give the same weights however long they take."""
+
+
+def start(words: list[str]) -> None:
+    subprocess.run(words, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("clip", ["micro", "global"])
+def test_two_ranks_equal_one_that_accumulates(corpus: Path, tmp_path: Path, clip: str) -> None:
+    shared = ["--batch.tokens-per-step", "512", "--schedule.max-steps", "4", "--run.checkpoint-every-s", "1e-6"]
+    shared += ["--optim.clip", clip, "--optim.grad-clip", "0.02", *STEADY]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        start([sys.executable, *launcher, *command(corpus, tmp_path / name, *shared)])
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
@@ -144,10 +171,9 @@ def test_two_ranks_equal_one_that_accumulates(corpus: Path, tmp_path: Path) -> N
             assert_close_f32(name, two[name], one[name])
 
 
-def test_killed_run_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+def test_killed_run_goes_on_from_its_checkpoint_to_the_same_artifact(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["--schedule.budget-s", "600", "--run.checkpoint-every-s", "0.05"]
-    run = [sys.executable, *command(corpus, out, *words)]
+    run = [sys.executable, *command(corpus, out, *STEADY, "--run.checkpoint-every-s", "0.05")]
     process = subprocess.Popen(run, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while time.time() < deadline and not (out / "checkpoint.safetensors").exists():
@@ -155,13 +181,15 @@ def test_killed_run_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path) ->
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saved = [r for r in records(out) if r["event"] == "checkpoint"]
+    saved = [r["step"] for r in records(out) if r["event"] == "checkpoint"]
     assert saved, "the run was killed before it wrote a checkpoint"
-    again = [*run, "--resume", "--schedule.max-steps", str(saved[-1]["step"] + 3)]
-    subprocess.run(again, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+    end = ["--schedule.max-steps", str(saved[-1] + 3)]
+    start([*run, *end, "--resume"])
+    start([sys.executable, *command(corpus, tmp_path / "whole", *STEADY, *end)])
+    # The record is written after the file: a kill in between leaves a checkpoint further on than the log says.
     steps = [r["step"] for r in records(out) if r["event"] == "step"]
-    # The record is written after the file: a kill in between leaves a checkpoint one further than the log says.
-    assert steps[0] > saved[-1]["step"] and steps == list(range(steps[0], saved[-1]["step"] + 4))
+    assert steps[0] > saved[-1] and steps == list(range(steps[0], saved[-1] + 4))
+    assert (out / "artifact.nbk").read_bytes() == (tmp_path / "whole/artifact.nbk").read_bytes()
     assert len(list(out.glob("log*.jsonl"))) == 2, "the log of the killed run is kept"
 
 
@@ -274,6 +302,37 @@ def test_gpu_preset_without_gpu(tmp_path: Path, capsys) -> None:
 def test_budget_shorter_than_a_step(train, tmp_path: Path) -> None:
     result = train("--schedule.budget-s", "0.001", "--schedule.reserve-s", "0")
     assert_refused(result, "at least one step", tmp_path / "out")
+
+
+def test_impossible_settings_never_start(train, tmp_path: Path) -> None:
+    assert_refused(train("--evaluation.sequence-length", "0"), "sequence_length must be in 1", tmp_path / "out")
+    assert_refused(train("--run.compile", "on"), "run.compile expected flash attention", tmp_path / "out")
+
+
+def test_malformed_line_is_named_while_the_tokenizer_trains(train, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "one line of text"}) + "\nnot json\n")
+    result = train("--data.source", str(tmp_path / "bad.jsonl"), "--data.cache", str(tmp_path / "cache"))
+    assert_refused(result, r"^train.py: \S*bad.jsonl:2: ", tmp_path / "out")
+
+
+class FullDisk:
+    closed = False
+
+    def write(self, _: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_full_disk_for_the_log_costs_the_log_alone(tmp_path: Path, capsys) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write("start")
+    log._file = FullDisk()
+    log.write("step")
+    log.write("step")
+    err = capsys.readouterr().err
+    assert err == f"cannot write {tmp_path / 'log.jsonl'}: No space left on device; going on without it\n"
 
 
 def test_batch_that_does_not_divide(train, tmp_path: Path) -> None:

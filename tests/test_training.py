@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -120,54 +121,73 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(shard: Path, tmp_p
     whole = trainer(p)
     run(whole, shard)
     first = trainer(replace(p, schedule=replace(p.schedule, max_steps=2)))
-    position = run(first, shard)
-    save_checkpoint(tmp_path / "c", first.state_dict(), position, p)
+    save_checkpoint(tmp_path / "c", first, run(first, shard))
     second = trainer(p, seed=99)
-    tensors, position = load_checkpoint(tmp_path / "c", p)
-    second.load_state_dict(tensors)
+    position = load_checkpoint(tmp_path / "c", second)
     assert position.step == 2 and position.elapsed_s > 0
     position = run(second, shard, position)
     assert position.step == 4
     assert equal(second.state_dict(), whole.state_dict())
 
 
-def test_checkpoint_of_another_configuration_is_refused_by_field(shard: Path, tmp_path: Path) -> None:
+OTHERS = {
+    "optim.matrix_lr": lambda p: trainer(replace(p, optim=replace(p.optim, matrix_lr=0.5))),
+    "run.seed": lambda p: trainer(replace(p, run=replace(p.run, seed=7))),
+    "run.precision": lambda p: Trainer(GPT(p.model, dtype=torch.float64), p, CPU, 1, compile=False),
+    "ranks": lambda p: Trainer(GPT(p.model), replace(p, batch=BatchConfig(128, 64)), CPU, 2, compile=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoint_of_another_run_is_refused_by_setting(tmp_path: Path, name: str) -> None:
     p = preset()
-    save_checkpoint(tmp_path / "c", trainer(p).state_dict(), Position(), p)
-    other = replace(p, optim=replace(p.optim, matrix_lr=0.5))
-    with pytest.raises(ConfigError, match=r"optim\.matrix_lr = 0\.026: expected 0\.5"):
-        load_checkpoint(tmp_path / "c", other)
+    if name == "ranks":
+        p = replace(p, batch=BatchConfig(128, 64))
+    save_checkpoint(tmp_path / "c", trainer(p), Position())
+    with pytest.raises(ConfigError, match=rf"c was written with {name} = .*: expected "):
+        load_checkpoint(tmp_path / "c", OTHERS[name](p))
+
+
+def test_schedule_and_cache_may_change_on_resume(tmp_path: Path) -> None:
+    p = preset()
+    save_checkpoint(tmp_path / "c", trainer(p), Position(step=3))
+    changed = replace(p, schedule=ScheduleConfig(budget_s=7.0), data=replace(p.data, cache="elsewhere"))
+    assert load_checkpoint(tmp_path / "c", trainer(changed)).step == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "missing"])
 def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
     p, path = preset(), tmp_path / "c"
-    save_checkpoint(path, trainer(p).state_dict(), Position(), p)
+    save_checkpoint(path, trainer(p), Position())
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else b"not a checkpoint")
     with pytest.raises(ConfigError, match="expected a checkpoint") as caught:
-        load_checkpoint(path, p)
+        load_checkpoint(path, trainer(p))
     assert "\n" not in str(caught.value)
 
 
 def test_a_failed_checkpoint_keeps_the_one_before(shard: Path, tmp_path: Path, monkeypatch) -> None:
     p, path = preset(), tmp_path / "c"
-    save_checkpoint(path, trainer(p).state_dict(), Position(step=7), p)
+    save_checkpoint(path, trainer(p), Position(step=7))
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"cannot write .*c: No space left on device"):
-        save_checkpoint(path, trainer(p, seed=1).state_dict(), Position(step=8), p)
+        save_checkpoint(path, trainer(p, seed=1), Position(step=8))
     monkeypatch.undo()
-    assert load_checkpoint(path, p)[1].step == 7
+    assert load_checkpoint(path, trainer(p)).step == 7
     assert [f.name for f in tmp_path.iterdir()] == ["c"]
 
 
 def test_budget_ends_the_run_and_one_too_short_for_a_step_is_refused(shard: Path) -> None:
     p = preset()
     t = trainer(replace(p, schedule=ScheduleConfig(budget_s=1.0, reserve_s=0.0)))
-    position = run(t, shard)
+    readings = []
+    with loader(shard) as batches:
+        position = train(t, batches, Clock(CPU, 1, on_reading=readings.append), Position(), lambda _: None)
     assert position.step > 1 and 1.0 <= position.elapsed_s < 10
+    assert [r.step for r in readings] == list(range(1, position.step + 1))
+    assert readings[-2].elapsed_s < 1.0 <= readings[-1].elapsed_s, "the step that was running at the end is the last"
     t = trainer(replace(p, schedule=ScheduleConfig(budget_s=1e-4, reserve_s=0.0)))
     with pytest.raises(ConfigError, match="at least one step"):
         run(t, shard)
@@ -183,23 +203,22 @@ def test_accumulation_must_come_out_whole() -> None:
 class CountingClock(Clock):
     """A second a step, whatever the machine does."""
 
-    def tick(self, loss: torch.Tensor) -> None:
-        self.elapsed_s += 1.0
-
     def start(self) -> None: ...
 
-    def pause(self) -> None: ...
+    def refresh(self) -> None:
+        self.elapsed_s += 1.0
 
 
 def test_loop_and_learning_rate_follow_the_clock(shard: Path, monkeypatch) -> None:
     schedule = ScheduleConfig(budget_s=10.0, reserve_s=2.0, loop_at=0.5, warmdown=0.5, min_lr=0.1)
     t, seen = trainer(preset(schedule=schedule)), []
     step = t.step
-    monkeypatch.setattr(t, "step", lambda b, **k: (seen.append((k["looping"], k["factor"])), step(b, **k))[1])
+    monkeypatch.setattr(t, "step", lambda b, **k: (seen.append(k), step(b, **k))[1])
     with loader(shard) as batches:
         train(t, batches, CountingClock(CPU, 1), Position(), lambda _: None)
-    assert [mode for mode, _ in seen] == [False] * 4 + [True] * 4
-    assert [factor for _, factor in seen] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [k["looping"] for k in seen] == [False] * 4 + [True] * 4
+    assert [k["factor"] for k in seen] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [round(k["momentum"], 9) for k in seen] == [round(0.92 + 0.05 * i / 1500, 9) for i in range(8)]
 
 
 def dense_attention(q, k, v, cu_seqlens, max_segment):
@@ -236,3 +255,49 @@ def test_one_full_graph_a_loop_mode_serves_any_number_of_documents(shard: Path, 
             for looping in t.loop_modes():
                 t._micro_step(replace(first, cu_seqlens=cu_seqlens), looping)
     assert len(graphs) == 2
+
+
+def test_average_takes_in_the_weights_after_the_step(shard: Path) -> None:
+    t = trainer(preset(optim=OptimConfig(ema_decay=0.75)))
+    before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
+    with loader(shard) as batches:
+        t.step(batches, factor=1.0, momentum=0.9, looping=True)
+    for name, p in t.model.named_parameters():
+        assert_close_f32(name, t.ema.average[name], 0.75 * before[name].double() + 0.25 * p.detach().double())
+    assert not torch.equal(t.model.embedding, before["embedding"])
+
+
+def test_ranks_take_the_latest_of_their_clocks(monkeypatch) -> None:
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend: backend)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda now, op, group: now.clamp_(min=1000.0))
+    readings = []
+    clock = Clock(CPU, 2, on_reading=readings.append)
+    clock.start()
+    clock.tick(1, torch.tensor(2.5))
+    assert clock.elapsed_s == 1000.0 and readings == [(1, 2.5, 1000.0)]
+
+
+class FakeEvent:
+    """A CUDA event on a machine without CUDA: says when it was waited for."""
+
+    waited: ClassVar[list] = []
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        FakeEvent.waited.append(self)
+
+
+def test_on_a_gpu_one_step_stays_in_flight_and_each_loss_keeps_its_number(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    empty = torch.empty
+    monkeypatch.setattr("torch.empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    readings = []
+    clock = Clock(torch.device("cuda"), 1, on_reading=readings.append)
+    for step in (1, 2, 3):
+        clock.tick(step, torch.tensor(float(step)))
+        assert [r.step for r in readings] == list(range(1, step)), "the step just enqueued is not waited for"
+    assert clock.ahead_s > clock.elapsed_s
+    clock.drain()
+    assert [(r.step, r.loss) for r in readings] == [(1, 1.0), (2, 2.0), (3, 3.0)] and len(FakeEvent.waited) == 3
+    assert clock.ahead_s == clock.elapsed_s

@@ -27,6 +27,11 @@ SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 1
     --evaluation.sequence-length 64 --data.max-val-tokens 500 --run.device cpu""".split()
 
 
+PLAIN = "--model.ce reference --model.smear-impl reference".split()
+"""Hundreds of steps of interpreted Triton kernels would take minutes; their own tests and two runs here use them."""
+KERNELS = "--model.ce kernel --model.smear-impl kernel".split()
+
+
 def load_script(name: str):
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -53,7 +58,7 @@ def train(corpus: Path, tmp_path: Path, capsys):
 
     def run(*words: str) -> tuple[int, str, str]:
         options = ["--data.source", str(corpus), "--data.cache", str(corpus.parent / "cache")]
-        status = script.command(["demo", *SMALL, *options, "--run.out", str(tmp_path / "out"), *words])
+        status = script.command(["demo", *SMALL, *PLAIN, *options, "--run.out", str(tmp_path / "out"), *words])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -114,7 +119,7 @@ def test_a_failure_after_training_does_not_lose_the_artifact(train, tmp_path: Pa
 
 
 def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
-    train("--schedule.max-steps", "2")
+    train("--schedule.max-steps", "2", *KERNELS)
     [prepared] = (corpus.parent / "cache").iterdir()
     words = [
         str(tmp_path / "out/artifact.nbk"),

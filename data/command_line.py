@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def guarded(script: str, main: Callable[[list[str]], None], words: list[str], *errors: type[Exception]) -> int:
-    """The exit status of `main(words)`: 0, or 2 after one line on stderr.
+    """The exit status of `main(words)`: 0, or after one line on stderr 2 for bad input and 130 for Ctrl-C.
 
     Bad input is an error of this room, one of `errors` (those of other rooms), or a file that fails.
     """
@@ -26,6 +26,9 @@ def guarded(script: str, main: Callable[[list[str]], None], words: list[str], *e
     except (DataError, OSError, *errors) as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -320,6 +320,14 @@ def test_malformed_line_is_named_while_the_tokenizer_trains(train, tmp_path: Pat
     assert_refused(result, r"^train.py: \S*bad.jsonl:2: ", tmp_path / "out")
 
 
+def test_interruption_is_one_line_and_status_130(train, monkeypatch) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.script, "prepare_data", interrupt)
+    assert train() == (130, "", "train.py: interrupted\n")
+
+
 class FullDisk:
     closed = False
 

@@ -32,8 +32,8 @@ $(VENV)/.test: $(VENV)/.train
 
 # What the two commands stand on, named before anything fails inside.
 check:
-	@command -v $(PYTHON) >/dev/null || { echo "expected Python 3.10 to 3.12 as $(PYTHON): found none (apt install python3 python3-venv)"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { echo "expected Python 3.10 to 3.12: found `$(PYTHON) --version` (make PYTHON=python3.12 ...)"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "expected Python 3.10 to 3.13 as $(PYTHON): found none (apt install python3 python3-venv)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo "expected Python 3.10 to 3.13: found `$(PYTHON) --version` (make PYTHON=python3.12 ...)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "expected Python's venv module: missing in $(PYTHON) (apt install python3-venv)"; exit 2; }
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { \
 	  echo "no C compiler: Triton needs one to launch kernels on a GPU (apt install gcc python3-dev)"; \

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from niblick.artifact.container import require_tokenizer
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import Weights, load_model
 from niblick.data import tokenizer as tokenizers
@@ -65,15 +66,19 @@ class Arguments:
 def main(words: list[str]) -> None:
     began = time.perf_counter()
     arguments = parse(Arguments, words, script="evaluate.py", about=__doc__)
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out: expected a folder {arguments.out.parent} to write into, found none")
     device, dtype = choose_device(arguments.device)
     model, rung = load_model(arguments.artifact, device, dtype, arguments.weights, arguments.attention)
+    tokenizer = arguments.tokenizer or tokenizers.find(arguments.data)
     data = ValidationSet.load(
         find_shards(arguments.data, "val"),
-        arguments.tokenizer or tokenizers.find(arguments.data),
+        tokenizer,
         vocab_size=model.config.vocab_size,
         bos_id=model.config.bos_id,
         max_tokens=arguments.max_tokens,
     )
+    require_tokenizer(arguments.artifact, tokenizer)
     config = EvalConfig(
         method=arguments.method,
         tail=arguments.tail,

@@ -70,8 +70,11 @@ def parse_preset(words: list[str]) -> tuple[str, Preset]:
         name, rest = words[0], words[1:]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    if misplaced := [word for word in rest if word in PRESETS]:
+        raise ConfigError(f"expected the preset before all options: got {misplaced[0]} after {words[0]}")
     rest = ["--run.resume" if word == "--resume" else word for word in rest]
-    return name, parse(Preset, rest, script=f"train.py {name}", default=PRESETS[name], about=__doc__)
+    about = f"{__doc__}\nThe presets are {', '.join(PRESETS)}; these are the defaults of {name}."
+    return name, parse(Preset, rest, script=f"train.py {name}", default=PRESETS[name], about=about)
 
 
 # ---- launch --------------------------------------------------------------------------------------------------------
@@ -104,7 +107,8 @@ def launch(preset: Preset) -> Launch:
 def prepare_data(preset: Preset, here: Launch) -> Prepared:
     """Rank 0 prepares while the others wait; then all read the same folder."""
     data = preset.data
-    key = hashlib.sha256(f"{data.source}|{data.tokenizer}|{preset.model.vocab_size}".encode()).hexdigest()[:8]
+    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens)
+    key = hashlib.sha256(repr((*settings, preset.model.vocab_size)).encode()).hexdigest()[:8]
     folder = Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}"
 
     def run() -> Prepared:
@@ -183,8 +187,14 @@ def main(words: list[str]) -> None:
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
         position = load_checkpoint(out / CHECKPOINT, trainer) if preset.run.resume else Position()
     log = RunLog(out / LOG) if here.rank == 0 else None
+    if log and not preset.run.resume and (out / CHECKPOINT).exists():
+        (out / CHECKPOINT).replace(out / f"previous.{CHECKPOINT}")  # or --resume would take it for this run's
     if log:
         announce(name, trainer, rung, here, position, log)
+    if log:
+        print(
+            f"compile and warm-up: {preset.schedule.warmup_steps} step(s) in each of {len(trainer.loop_modes())} modes"
+        )
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
     with stages.stage("training"):
@@ -272,7 +282,7 @@ def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Positio
     with stages.stage("quantise"):
         quantized = quantize(model.state_dict(), preset.artifact)
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer)
     held_out = ValidationSet.load(
         prepared.val,
         prepared.tokenizer,
@@ -306,7 +316,7 @@ def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Positio
         seconds=stages.seconds,
         **position_fields(position),
     )
-    report(bits, yardsticks, ledger, position, stages, path)
+    report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent)
     seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
     over = "" if seconds <= config.budget_s else ": OVER THE BUDGET"
     print(f"evaluation (reload and score): {seconds:.1f} s of {config.budget_s:.0f} s{over}")
@@ -324,7 +334,7 @@ def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
     return {"token unigram": unigram} | compressor_bits_per_byte(text)
 
 
-def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path) -> None:
+def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path, data: Path) -> None:
     console = Console()
     scores = Table("bits per byte", "", title="Score on the held-out text")
     for name, value in (bits | yardsticks).items():
@@ -338,7 +348,7 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
         run.add_row(name, f"{seconds:.1f}")
     for table in (run, size, scores):
         console.print(table)
-    print(f"artifact: {path}")
+    print(f"artifact: {path}; to score it again: evaluate.py {path} --data {data}")
     if not ledger.fits:
         print(
             f"OVER THE CAP: expected at most {ledger.cap_bytes:,} bytes of model and code, found {ledger.total_bytes:,}"

@@ -13,7 +13,8 @@
       8 + h         the streams, coded, end to end, in the order of the header's list
 
 The header is JSON in UTF-8, {"config": the fields of GPTConfig, "tensors": [[name, bits, shape], ...], "streams":
-[[name, coded bytes], ...]}. bits 0 is a float16 tensor, other bits are rows of integers (`quantize`). The streams are
+[[name, coded bytes], ...], "tokenizer_sha256": in hexadecimal, or empty}. bits 0 is a float16 tensor, other bits are
+rows of integers (`quantize`). The streams are
 
     one for each tensor of integers, of its name, in the tensors' order: a byte each, two's complement, row by row
     "scales":   the steps of all rows in that order, float16, byte-shuffled (all low bytes, then all high bytes)
@@ -57,7 +58,9 @@ class Container:
     size: int
 
 
-def write_artifact(path: str | Path, quantized: Quantized, config: GPTConfig) -> int:
+def write_artifact(
+    path: str | Path, quantized: Quantized, config: GPTConfig, tokenizer: str | Path | None = None
+) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file. OSError."""
     raw = _raw_streams(quantized)
     with ThreadPoolExecutor() as pool:  # brotli lets go of the interpreter, so streams are coded side by side
@@ -66,7 +69,8 @@ def write_artifact(path: str | Path, quantized: Quantized, config: GPTConfig) ->
         Entry(name, 0, tuple(t.shape)) if isinstance(t, Tensor) else Entry(name, t.bits, tuple(t.q.shape))
         for name, t in quantized.items()
     ]
-    header = Header(config, entries, {name: len(data) for name, data in coded.items()})
+    digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizer else ""
+    header = Header(config, entries, {name: len(data) for name, data in coded.items()}, digest)
     data = assemble(header.to_json(), b"".join(coded.values()))
     write_atomically(path, lambda file: file.write(data))
     return len(data)
@@ -76,6 +80,18 @@ def read_artifact(path: str | Path) -> tuple[GPTConfig, Quantized]:
     """The configuration and the weights. OSError, or ArtifactError with what was expected and found in the file."""
     container = read_container(path)
     return container.config, container.quantized
+
+
+def require_tokenizer(path: str | Path, tokenizer: str | Path) -> None:
+    """ArtifactError if the artifact records another tokenizer: with it, ids and bytes would mean something else."""
+    try:
+        expected = _split_body(_read_body(Path(path)))[0].tokenizer_sha256
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    found = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    require(
+        expected in ("", found), f"{path}: expected its tokenizer, SHA-256 {expected}, found {found} in {tokenizer}"
+    )
 
 
 def read_container(path: str | Path) -> Container:

@@ -30,11 +30,19 @@ class Header(NamedTuple):
     entries: list[Entry]
     coded_bytes: dict[str, int]
     """By stream, in the order of the file."""
+    tokenizer_sha256: str
+    """Of the SentencePiece model file that the model's ids belong to; empty: not recorded."""
 
     def to_json(self) -> bytes:
         config, streams = dataclasses.asdict(self.config), list(self.coded_bytes.items())
         return json.dumps(
-            {"config": config, "tensors": self.entries, "streams": streams}, separators=(",", ":")
+            {
+                "config": config,
+                "tensors": self.entries,
+                "streams": streams,
+                "tokenizer_sha256": self.tokenizer_sha256,
+            },
+            separators=(",", ":"),
         ).encode()
 
     @classmethod
@@ -47,7 +55,9 @@ class Header(NamedTuple):
             coded_bytes = {name: size for name, size in streams}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"header: expected JSON of config, tensors, streams: {error!r}") from error
-        header = cls(_config(config), entries, coded_bytes)
+        tokenizer = values.get("tokenizer_sha256", "")
+        require(isinstance(tokenizer, str), f"header: expected a tokenizer's SHA-256, found {tokenizer!r}")
+        header = cls(_config(config), entries, coded_bytes, tokenizer)
         header._check()
         return header
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -66,6 +67,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _without_box(text: str) -> str:
     """tyro's message on one line: what stands in its box above the inner rule."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # it is coloured on a terminal
     lines = [line.strip(" │╭╮╰╯") for line in text.splitlines()]
     inside = [line for line in lines[1:] if line]
     end = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))

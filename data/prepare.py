@@ -4,12 +4,15 @@ The folder's `manifest.json`, written last, holds a fingerprint of everything th
 matches, nothing is done again. The token stream is held in memory; for corpora beyond it, use ready shards.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,10 +83,11 @@ def prepare(
     ):
         raise DataError(f"prepare: expected positive sizes and a held-out fraction in (0, 1), found {settings}")
     fingerprint = _fingerprint(source, tokenizer, settings)
-    if not _matches(out, fingerprint):
-        _build(source, out, tokenizer, settings)
-        manifest = {"fingerprint": fingerprint, "source": str(source), **asdict(settings), "files": _sizes(out)}
-        write_atomically(out / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    with _alone_in(out):
+        if not _matches(out, fingerprint):
+            _build(source, out, tokenizer, settings)
+            manifest = {"fingerprint": fingerprint, "source": str(source), **asdict(settings), "files": _sizes(out)}
+            write_atomically(out / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
     return ready(out, out / MODEL, vocab_size=vocab_size, order=order)
 
 
@@ -152,10 +156,21 @@ def _sizes(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in _outputs(out)}
 
 
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Another run that wants the same folder waits here, and then finds it done. The lock ends with its process."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _matches(out: Path, fingerprint: str) -> bool:
     try:
         manifest = json.loads((out / MANIFEST).read_bytes())
-        return manifest["fingerprint"] == fingerprint and manifest["files"] == _sizes(out)
+        return (
+            manifest["fingerprint"] == fingerprint and MODEL in manifest["files"] and manifest["files"] == _sizes(out)
+        )
     except (OSError, ValueError, KeyError, TypeError):  # absent or not ours: prepare anew
         return False
 

@@ -19,6 +19,7 @@ from niblick.data.errors import DataError
 from niblick.data.files import write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SMALLEST = 4 + 256  # the special pieces, and one for every byte
 SPACE = "\u2581"  # how SentencePiece spells a space
 MAX_SENTENCE_BYTES = 4192  # the trainer's default limit: it skips longer sentences without a word
 
@@ -64,6 +65,8 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
     Deterministic: the same documents in the same order give the same file. DataError where the text supports fewer
     pieces, needs more, or is empty.
     """
+    if vocab_size < SMALLEST:
+        raise DataError(f"tokenizer: expected at least {SMALLEST} pieces (4 special, 256 bytes), found {vocab_size}")
     failures, model = [], io.BytesIO()
 
     def texts() -> Iterator[str]:

@@ -32,6 +32,8 @@ class ValidationSet:
     ) -> "ValidationSet":
         """Shards end to end, cut after max_tokens where that is given. DataError for a shard or tokenizer that is not
         sound, another vocabulary, no document start, or fewer than two tokens."""
+        if max_tokens < 0:
+            raise DataError(f"expected a number of held-out tokens, or 0 for all: found {max_tokens}")
         table = tokenizers.ByteTable.of(tokenizers.load(tokenizer, vocab_size))
         parts = []
         for path in shards:

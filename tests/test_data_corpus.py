@@ -4,6 +4,8 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -244,3 +246,15 @@ def test_compressibility_looks_behind_the_header(tmp_path):
     noise = np.random.default_rng(0).integers(0, 65536, 1 << 19)
     shards.write_shard(tmp_path / "x.bin", np.concatenate([noise, np.zeros(1 << 19, np.int64)]))
     assert prepare.compressibility(tmp_path / "x.bin") > 1
+
+
+def test_two_processes_prepare_one_folder_once(tmp_path):
+    """The second waits for the first and takes its files: neither sees a folder half made."""
+    code = (
+        "import sys; from niblick.data import prepare; "
+        "p = prepare.prepare('stdlib', sys.argv[1], vocab_size=300, max_val_tokens=1000); print(p.tokenizer.stat().st_ino)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "one")]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = {run.communicate()[0] for run in runs}
+    assert all(run.returncode == 0 for run in runs) and len(found) == 1

@@ -15,8 +15,11 @@ import torch
 from numerics import assert_close_f32
 from safetensors.torch import load_file
 
+from niblick.data import command_line
 from niblick.data.errors import DataError
+from niblick.data.prepare import prepare
 from niblick.data.shards import HEADER_BYTES, write_shard
+from niblick.model.config import ConfigError
 from niblick.model.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +27,7 @@ PIECES = 300
 SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 128 --model.num-heads 2
     --model.num-kv-heads 1 --model.mlp-hidden 128 --model.loop-start 1 --model.loop-end 1 --model.parallel-start 2
     --model.max-segment 64 --batch.tokens-per-step 256 --batch.tokens-per-micro-step 256
-    --evaluation.sequence-length 64 --data.max-val-tokens 500 --run.device cpu""".split()
+    --evaluation.sequence-length 64 --data.max-val-tokens 500 --run.device cpu --schedule.budget-s 3600""".split()
 
 
 PLAIN = "--model.ce reference --model.smear-impl reference".split()
@@ -64,6 +67,13 @@ def train(corpus: Path, tmp_path: Path, capsys):
 
     run.script = script
     return run
+
+
+def prepared_folder(corpus: Path) -> Path:
+    """The one prepared folder that holds what a run was given: 500 held-out tokens."""
+    folders = [p.parent for p in (corpus.parent / "cache").glob("*/niblick_val_*.bin") if p.stat().st_size == 2024]
+    assert len(folders) == 1, folders
+    return folders[0]
 
 
 def records(out: Path) -> list[dict]:
@@ -118,9 +128,19 @@ def test_a_failure_after_training_does_not_lose_the_artifact(train, tmp_path: Pa
     assert status == 2 and err == "train.py: no score today\n" and (tmp_path / "out/artifact.nbk").exists()
 
 
+def test_a_fresh_run_moves_the_checkpoint_of_another_aside(train, tmp_path: Path) -> None:
+    words = ["--schedule.max-steps", "3", "--run.checkpoint-every-s", "1e-6"]
+    train(*words)
+    assert (tmp_path / "out/checkpoint.safetensors").exists()
+    train(*words, "--run.checkpoint-every-s", "0")
+    status, _, err = train(*words, "--resume")
+    assert status == 2 and "--resume expected a checkpoint" in err
+    assert (tmp_path / "out/previous.checkpoint.safetensors").exists()
+
+
 def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
     train("--schedule.max-steps", "2", *KERNELS)
-    [prepared] = (corpus.parent / "cache").iterdir()
+    prepared = prepared_folder(corpus)
     words = [
         str(tmp_path / "out/artifact.nbk"),
         "--data",
@@ -133,6 +153,9 @@ def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path
     assert load_script("evaluate").command(words) == 0
     got = json.loads((tmp_path / "score.json").read_text())["bits_per_byte"]
     assert got == records(tmp_path / "out")[-1]["bits_per_byte"]["after reload"]
+    prepare(corpus, tmp_path / "other", vocab_size=PIECES, held_out=0.5)
+    assert load_script("evaluate").command([*words[:1], "--data", str(tmp_path / "other"), *words[3:]]) == 2
+    assert "artifact.nbk: expected its tokenizer, SHA-256" in capsys.readouterr().err
 
 
 def command(corpus: Path, out: Path, *words: str) -> list[str]:
@@ -204,8 +227,6 @@ def test_killed_run_goes_on_from_its_checkpoint_to_the_same_artifact(corpus: Pat
 @pytest.fixture
 def shards(train, corpus: Path, tmp_path: Path) -> Path:
     """A folder of ready shards with their tokenizer."""
-    from niblick.data.prepare import prepare
-
     prepared = prepare(corpus, corpus.parent / "for_shards", vocab_size=PIECES)
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -293,9 +314,15 @@ def test_full_disk_keeps_what_was_there(train, tmp_path: Path, monkeypatch) -> N
 def test_unknown_option_and_preset_name_the_nearest(train, tmp_path: Path) -> None:
     assert_refused(train("--optim.matrx-lr", "1"), "nearest: --optim.matrix-lr", tmp_path / "out")
     assert_refused(train("--run.device", "gpu"), "'gpu'.*--run.device.*cuda", tmp_path / "out")
-    script = load_script("train")
-    with pytest.raises(Exception, match="nearest: pr1855"):
-        script.parse_preset(["pr1885"])
+    with pytest.raises(ConfigError, match="nearest: pr1855"):
+        train.script.parse_preset(["pr1885"])
+    with pytest.raises(ConfigError, match="expected the preset before all options: got pr1855"):
+        train.script.parse_preset(["--run.seed", "1", "pr1855"])
+
+
+def test_messages_are_one_line_on_a_terminal_too() -> None:
+    coloured = "\x1b[31m╭─\x1b[0m Invalid ─╮\n\x1b[31m│\x1b[0m bad value \x1b[31m│\x1b[0m\n│ ───── │\n│ help │\n╰─╯"
+    assert command_line._without_box(coloured) == "bad value"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -70,9 +70,10 @@ def main(words: list[str]) -> None:
         raise ConfigError(f"--out: expected a folder {arguments.out.parent} to write into, found none")
     device, dtype = choose_device(arguments.device)
     model, rung = load_model(arguments.artifact, device, dtype, arguments.weights, arguments.attention)
+    paths = find_shards(arguments.data, "val")
     tokenizer = arguments.tokenizer or tokenizers.find(arguments.data)
     data = ValidationSet.load(
-        find_shards(arguments.data, "val"),
+        paths,
         tokenizer,
         vocab_size=model.config.vocab_size,
         bos_id=model.config.bos_id,

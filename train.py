@@ -192,9 +192,8 @@ def main(words: list[str]) -> None:
     if log:
         announce(name, trainer, rung, here, position, log)
     if log:
-        print(
-            f"compile and warm-up: {preset.schedule.warmup_steps} step(s) in each of {len(trainer.loop_modes())} modes"
-        )
+        steps, modes = preset.schedule.warmup_steps, len(trainer.loop_modes())
+        print(f"compile and warm-up: {steps} step(s) in each of {modes} loop mode(s)", flush=True)
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
     with stages.stage("training"):

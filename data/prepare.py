@@ -168,9 +168,8 @@ def _alone_in(out: Path) -> Iterator[None]:
 def _matches(out: Path, fingerprint: str) -> bool:
     try:
         manifest = json.loads((out / MANIFEST).read_bytes())
-        return (
-            manifest["fingerprint"] == fingerprint and MODEL in manifest["files"] and manifest["files"] == _sizes(out)
-        )
+        files = manifest["files"]
+        return manifest["fingerprint"] == fingerprint and MODEL in files and files == _sizes(out)
     except (OSError, ValueError, KeyError, TypeError):  # absent or not ours: prepare anew
         return False
 

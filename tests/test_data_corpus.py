@@ -252,7 +252,8 @@ def test_two_processes_prepare_one_folder_once(tmp_path):
     """The second waits for the first and takes its files: neither sees a folder half made."""
     code = (
         "import sys; from niblick.data import prepare; "
-        "p = prepare.prepare('stdlib', sys.argv[1], vocab_size=300, max_val_tokens=1000); print(p.tokenizer.stat().st_ino)"
+        "p = prepare.prepare('stdlib', sys.argv[1], vocab_size=400, max_val_tokens=1000); "
+        "print(p.tokenizer.stat().st_ino)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "one")]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -27,8 +27,7 @@ from niblick.data.command_line import guarded, parse
 from niblick.data.shards import find_shards
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.score import Score
-from niblick.evaluation.windows import Method, Tail
-from niblick.model.config import ConfigError, EvalConfig
+from niblick.model.config import ConfigError, EvalConfig, Method, Tail
 from niblick.model.files import write_atomically
 
 

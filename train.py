@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,9 @@ def parse_preset(words: list[str]) -> tuple[str, Preset]:
         name, rest = words[0], words[1:]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-    if misplaced := [word for word in rest if word in PRESETS]:
-        raise ConfigError(f"expected the preset before all options: got {misplaced[0]} after {words[0]}")
+    for before, word in pairwise(rest):
+        if word in PRESETS and not before.startswith("--"):  # after an option it is that option's value
+            raise ConfigError(f"expected the preset before all options: got {word} after {before}")
     rest = ["--run.resume" if word == "--resume" else word for word in rest]
     about = f"{__doc__}\nThe presets are {', '.join(PRESETS)}; these are the defaults of {name}."
     return name, parse(Preset, rest, script=f"train.py {name}", default=PRESETS[name], about=about)

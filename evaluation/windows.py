@@ -3,12 +3,9 @@
 Windows come in order and their scored rows follow on one another, so that every target is scored exactly once.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from niblick.model.config import ConfigError
-
-Method = Literal["plain", "sliding"]
-Tail = Literal["keep", "drop"]
+from niblick.model.config import ConfigError, Tail
 
 
 class Window(NamedTuple):

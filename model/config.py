@@ -7,6 +7,9 @@ in seconds, learning rates per step. Presets (`model/presets.py`) are difference
 from dataclasses import dataclass, field
 from typing import Literal
 
+Method = Literal["plain", "sliding"]
+Tail = Literal["keep", "drop"]
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message is one line."""
@@ -264,13 +267,13 @@ class ArtifactConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    method: Literal["plain", "sliding"] = "plain"
+    method: Method = "plain"
     """`plain`: consecutive windows. `sliding`: overlapping ones, each target with at least sequence_length - stride
     tokens before it; the work grows by sequence_length / stride."""
     sequence_length: int = 2048
     stride: int = 64
     """New tokens a sliding window."""
-    tail: Literal["keep", "drop"] = "keep"
+    tail: Tail = "keep"
     """`drop`: leave out the last, shorter window, as the challenge does."""
     tokens_per_batch: int = 65_536
     budget_s: float = 600.0
@@ -294,7 +297,8 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto`: torch.compile on a GPU, eager on a CPU."""
     checkpoint_every_s: float = 0.0
-    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget."""
+    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget;
+    in the last 5 s none is written."""
     resume: bool = False
     """Go on from the checkpoint in `out`."""
 

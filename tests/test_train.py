@@ -318,6 +318,7 @@ def test_unknown_option_and_preset_name_the_nearest(train, tmp_path: Path) -> No
         train.script.parse_preset(["pr1885"])
     with pytest.raises(ConfigError, match="expected the preset before all options: got pr1855"):
         train.script.parse_preset(["--run.seed", "1", "pr1855"])
+    assert train.script.parse_preset(["--run.seed", "1", "--run.out", "pr1855"])[1].run.out == "pr1855"
 
 
 def test_messages_are_one_line_on_a_terminal_too() -> None:

@@ -314,7 +314,12 @@ def smear_gate_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, se
 def smear_gate_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
     N, D = size
     rows, ids = N * D * dtype.itemsize, 8 * N
-    return {"bytes_forward": 2 * rows + ids, "bytes_backward": 3 * rows + ids, "flops": 9 * N * D}
+    return {
+        "bytes_forward": 2 * rows + ids,
+        "bytes_backward": 3 * rows + ids,
+        "flops_forward": 2 * N * D,
+        "flops_backward": 7 * N * D,
+    }
 
 
 def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, sizes: dict) -> None:
@@ -334,23 +339,31 @@ def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, s
     inputs, work = make_inputs(sizes["record"], torch.bfloat16, device), cost(sizes["record"], torch.bfloat16)
     source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
     roof = 2 * source.numel() / triton.testing.do_bench(source.clone, return_mode="median")
-    output, leaves = fn(**inputs), [v for v in _floats(inputs).values() if v.requires_grad]
+    leaves = [v for v in _floats(inputs).values() if v.requires_grad]
+    ones = [torch.ones_like(output) for output in _outputs(fn, inputs)]
     calls = {"forward": lambda: fn(**inputs)}
     if leaves:
-        calls["backward"] = lambda: torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
-    for direction, call in calls.items():
+        calls["forward + backward"] = lambda: torch.autograd.grad(_outputs(fn, inputs), leaves, ones)
+    for directions, call in calls.items():
         ms = triton.testing.do_bench(call, return_mode="median")
-        speed = work[f"bytes_{direction}"] / ms
-        print(f"{direction} {sizes['record']}: {ms:.3f} ms, {speed / 1e6:.0f} GB/s, {speed / roof:.0%} of a copy's")
+        moved, flops = (sum(work[f"{what}_{d}"] for d in directions.split(" + ")) / ms for what in ("bytes", "flops"))
+        speed = f"{moved / 1e9:.2f} TB/s ({moved / roof:.0%} of a copy's), {flops / 1e9:.0f} TFLOP/s"
+        print(f"{directions} {sizes['record']}: {ms:.3f} ms, {speed}")
 
 
 def _floats(inputs: dict[str, object]) -> dict[str, Tensor]:
     return {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
+def _outputs(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
+    outputs = fn(**inputs)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
 def _results(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
-    output, leaves = fn(**inputs), [v for v in _floats(inputs).values() if v.requires_grad]
-    return [output.detach(), *(torch.autograd.grad(output.sum(), leaves) if leaves else ())]
+    outputs, leaves = _outputs(fn, inputs), [v for v in _floats(inputs).values() if v.requires_grad]
+    gradients = torch.autograd.grad(sum(output.sum() for output in outputs), leaves) if leaves else ()
+    return [output.detach() for output in outputs] + list(gradients)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

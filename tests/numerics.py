@@ -105,3 +105,28 @@ def assert_rms_like_eager(name: str, kernel: Tensor, eager: Tensor, f64: Tensor)
 
     error, allowed = rms(kernel - f64), 2 * rms(eager - f64) + torch.finfo(kernel.dtype).eps * rms(f64)
     assert error <= allowed, f"{name}: rms error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_like_eager(name: str, kernel: Tensor, eager: Tensor, f64: Tensor) -> None:
+    """For chains of GEMMs: where 16-bit intermediates are rounded, two right answers differ on single elements.
+
+    Errors are taken relative to the row's root mean square (the last dimension; at least 1e-3 of the tensor's). Their
+    root mean square may be twice eager's plus half a rounding, the worst of them twice eager's worst plus a rounding;
+    and 1e-6, as in `assert_matches_f64`, for sums in another order.
+    """
+    assert kernel.shape == eager.shape == f64.shape and kernel.dtype == eager.dtype, (
+        f"{name}: {kernel.dtype} {tuple(kernel.shape)}, expected {eager.dtype} {tuple(f64.shape)}"
+    )
+    assert torch.isfinite(kernel).all(), f"{name}: not finite"
+    if kernel.numel() == 0:
+        return
+    truth = f64.detach().double()
+    size = truth.square().mean(-1, keepdim=True).sqrt() if truth.ndim else truth.abs()
+    size = size.maximum(1e-3 * truth.square().mean().sqrt()).clamp_min(1e-300)
+    ours, theirs = (((x.detach().double() - truth) / size).abs() for x in (kernel, eager))
+    eps = torch.finfo(kernel.dtype).eps
+    for what, error, allowed in (
+        ("root mean square", ours.square().mean().sqrt(), 2 * theirs.square().mean().sqrt() + eps / 2 + 1e-6),
+        ("worst", ours.max(), 2 * theirs.max() + eps + 1e-6),
+    ):
+        assert error <= allowed, f"{name}: {what} error {error:.3g} of the row's size, allowed {allowed:.3g}"

@@ -110,10 +110,14 @@ def _leaf(value: object, dtype: torch.dtype | None = None) -> object:
     return (leaf.to(dtype) if dtype and leaf.is_floating_point() else leaf).requires_grad_(value.requires_grad)
 
 
-def judge(what: str, got: dict[str, Tensor], eager: dict[str, Tensor], f64: dict[str, Tensor]) -> None:
+def judge(
+    module: ModuleType, what: str, got: dict[str, Tensor], eager: dict[str, Tensor], f64: dict[str, Tensor]
+) -> None:
+    """Element by element, but for a file that says ROUNDS_BETWEEN: its results hang on 16-bit intermediates."""
+    verdict = numerics.assert_like_eager if getattr(module, "ROUNDS_BETWEEN", False) else numerics.assert_matches_f64
     assert got.keys() == eager.keys(), f"{what} gives {list(got)}, the reference {list(eager)}"
     for key in got:
-        numerics.assert_matches_f64(f"{what}: {key}", got[key], eager[key], f64[key])
+        verdict(f"{what}: {key}", got[key], eager[key], f64[key])
 
 
 def assert_equal(what: str, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -135,7 +139,7 @@ def check_numerics(module: ModuleType, name: str, size_name: str, dtype: torch.d
         got = run(getattr(module, name), inputs)
     for key, value in before.items():
         assert torch.equal(inputs[key].detach(), value), f"{name} changed its input {key}"
-    judge(f"{name} {size_name} {dtype}", got, run(reference, inputs), run(reference, inputs, torch.float64))
+    judge(module, f"{name} {size_name} {dtype}", got, run(reference, inputs), run(reference, inputs, torch.float64))
 
 
 def check_cotangents(module: ModuleType, name: str, size_name: str, dtype: torch.dtype) -> None:
@@ -151,7 +155,7 @@ def check_cotangents(module: ModuleType, name: str, size_name: str, dtype: torch
     }
     for layout, cotangent in layouts.items():
         got, eager = (run(f, inputs, cotangent=cotangent) for f in (fn, reference))
-        judge(f"{name}, {layout} grad_output", got, eager, run(reference, inputs, torch.float64, cotangent))
+        judge(module, f"{name}, {layout} grad_output", got, eager, run(reference, inputs, torch.float64, cotangent))
 
 
 def check_inputs(module: ModuleType, name: str, size_name: str, dtype: torch.dtype) -> None:
@@ -168,7 +172,7 @@ def check_inputs(module: ModuleType, name: str, size_name: str, dtype: torch.dty
                 got = run(fn, inputs | {key: other})
             except (ValueError, TypeError):
                 continue
-            judge(f"{name}, {layout.__name__[1:]} {key}", got, eager, f64)
+            judge(module, f"{name}, {layout.__name__[1:]} {key}", got, eager, f64)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -266,9 +270,12 @@ def test_sizes_inputs_and_cost(name: str) -> None:
     assert all(torch.equal(inputs[key], again[key]) for key in tensors), f"{name}_inputs ignores its seed"
     assert any(not torch.equal(inputs[key], other[key]) for key in tensors), f"{name}_inputs ignores its seed"
     work = getattr(module, f"{name}_cost")(module.SIZES[size_name], torch.float32)
-    assert work.keys() == {"bytes_forward", "bytes_backward", "flops"} and all(type(n) is int for n in work.values())
+    kinds, directions = ("bytes", "flops"), ("forward", "backward")
+    assert work.keys() == {f"{kind}_{direction}" for kind in kinds for direction in directions}
+    assert all(type(n) is int for n in work.values())
     has_gradient = any(inputs[key].requires_grad for key in tensors)
-    assert work["bytes_forward"] > 0 and work["flops"] > 0 and (work["bytes_backward"] > 0) == has_gradient, work
+    for kind in kinds:
+        assert work[f"{kind}_forward"] > 0 and (work[f"{kind}_backward"] > 0) == has_gradient, work
 
 
 # ----------------------------------------------------------------------------------------------------- torch.compile
@@ -307,7 +314,7 @@ def _compare_compiled(module: ModuleType, name: str, backend: str | Callable) ->
     inputs = inputs_of(module, name, admissible(module, name, torch.float32)[0], torch.float32)
     got = run(torch.compile(getattr(module, name), fullgraph=True, backend=backend), inputs)
     reference = getattr(module, f"{name}_ref")
-    judge(f"compiled {name}", got, run(reference, inputs), run(reference, inputs, torch.float64))
+    judge(module, f"compiled {name}", got, run(reference, inputs), run(reference, inputs, torch.float64))
     return any(key.startswith("d_") for key in got)
 
 

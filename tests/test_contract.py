@@ -319,12 +319,14 @@ def _compare_compiled(module: ModuleType, name: str, backend: str | Callable) ->
 
 
 @pytest.mark.skipif(TRITON_RUNS, reason="needs TRITON_INTERPRET=0; on a card every test compiles")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_triton_code_compiles_for_hopper(name: str, tmp_path: Path) -> None:
-    """Every launch of both directions, compiled for compute capability 9.0 without a card, not launched."""
-    module = load_copy(name, tmp_path, "hopper")
+def test_triton_code_compiles_without_a_card(name: str, dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+    """Every launch of both directions, compiled for a compute capability (Ampere, Hopper, Blackwell), not launched."""
+    module = load_copy(name, tmp_path, f"sm{arch}")
     card = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
@@ -334,17 +336,16 @@ def test_triton_code_compiles_for_hopper(name: str, tmp_path: Path) -> None:
     def compile_only(self, *args, grid, warmup, **kwargs):
         compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
-    for dtype in DTYPES:
-        with _RecordCalls(module.NAMESPACE, name) as recorded:
-            run(getattr(module, name), inputs_of(module, name, admissible(module, name, dtype)[0], dtype))
-        triton.runtime.driver.set_active(card)
-        try:
-            with patch.object(triton.JITFunction, "run", compile_only):
-                for op, args, kwargs in recorded.calls:
-                    launcher = module._backward if op.name().endswith("_backward") else module._forward
-                    launcher(*args, **kwargs)
-        finally:
-            triton.runtime.driver.set_active(None)  # as it was: Triton looks for a card when it first needs one
+    with _RecordCalls(module.NAMESPACE, name) as recorded:
+        run(getattr(module, name), inputs_of(module, name, admissible(module, name, dtype)[0], dtype))
+    triton.runtime.driver.set_active(card)
+    try:
+        with patch.object(triton.JITFunction, "run", compile_only):
+            for op, args, kwargs in recorded.calls:
+                launcher = module._backward if op.name().endswith("_backward") else module._forward
+                launcher(*args, **kwargs)
+    finally:
+        triton.runtime.driver.set_active(None)  # as it was: Triton looks for a card when it first needs one
     assert compiled and all(kernel.asm["cubin"] for kernel in compiled), f"{name} launched no Triton kernel"
 
 

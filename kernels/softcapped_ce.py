@@ -1,22 +1,29 @@
-"""Cross-entropy on tanh-capped logits, forward and backward.
+"""Cross-entropy on capped logits: loss and gradient, each in one read of the logits, or both in the same one.
 
-    z = c tanh(x / c)                    c = softcap; x = logits
-    loss_i = logsumexp_j z_ij - z_it     t = targets[i]
-    dx_ij = dloss_i (p_ij - [j = t]) (1 - tanh²(x_ij / c))          p = softmax(z)
+    z = c tanh(x / c),  or A σ((x + B) / C),  or c₊ tanh(x / c₊) for x > 0 and c₋ tanh(x / c₋) for x <= 0;    x = logits
+    loss_i = weights_i (lse_i - z_it + z_loss lse_i²),    lse_i = logsumexp_j z_ij,    t = targets[i],    p = softmax(z)
+    dx_ij = dz_ij dz/dx(x_ij),    dz_ij = dloss_i weights_i ((1 + 2 z_loss lse_i) p_ij - [j = t]),    dc = Σ dz_ij dz/dc
 
-With σ the logistic function, w = 2cσ(-2x/c) = c - z is the distance below the cap. The cap itself cancels in the loss,
-so both kernels work with w (as PR #1855 of the challenge does with 2cσ(2x/c)): loss = logsumexp_j(-w_j) + w_t, and
-1 - tanh² = 4σ(1 - σ). The most probable columns lie nearest the cap, where w is small and therefore exact; far below
-it w carries the rounding of float32 at 2c, so the loss is good to about 2e-7 c nats.
+σ is the logistic function. The caps are one, up to a constant that cancels in the loss: c + c tanh(x / c) is
+A σ((x + B) / C) with A = 2c, B = 0, C = c / 2. With E = exp((x + B) / C) and s = 1 / (1 + E), the kernel works on the
+distance below the cap, w = A s (as PR #1855 of the challenge does with 2cσ(2x/c)), and dz/dx = (A / C) E s². The most
+probable columns lie nearest the cap, where w is small and therefore exact; far below it w carries the rounding of
+float32 at A, so the loss is good to about 2e-7 A nats.
 For a confident row p_t - 1 is the difference of two nearly equal numbers; it is taken instead as minus the share of all
-other columns, which the forward sums separately.
+other columns. To sum them without comparing each with the target, 16 bytes of columns around the target (its group) are
+left out of the row, stores included, and done by themselves.
 
 Shapes: logits (n_rows, V) bfloat16, float16 or float32, columns adjacent, any row stride and any V; targets (n_rows,)
-int64 or int32; loss float32. Everything in between is float32. float64 runs on CPU only, in plain PyTorch.
-Must move: forward reads the logits; backward reads them again and writes dlogits. The logits are never overwritten.
+int64 or int32; weights (n_rows,) float32; loss float32. Everything in between is float32. float64 runs on CPU only, in
+plain PyTorch.
+Must move: the logits in once, their gradient out once. By default the backward reads the logits again, because dloss is
+known only then; a caller who knows it before (upstream=1.0) saves that read. Nothing overwrites the logits, but for
+softcapped_ce_and_grad(..., inplace=True).
 Replaces: softcap * torch.tanh(logits / softcap) and torch.nn.functional.cross_entropy, ten passes over (n_rows, V).
-Refuses: other dtypes, columns that are not adjacent, softcap <= 0. A target outside [0, V) that is not ignore_index
-makes its row's loss NaN; it is not checked, because that would stall the GPU.
+Refuses: other dtypes, columns that are not adjacent, numbers out of range, weights that want a gradient. What only the
+device knows is not checked, as that would stall it: a cap <= 0 in a tensor makes every loss NaN, a target outside
+[0, V) that is not ignore_index its row's loss (but see check_targets).
+From: PR #1855 (the cap) and PR #1923 (a cap for each sign) of the challenge; the sigmoid is modded-nanogpt's.
 """
 
 from collections.abc import Callable
@@ -28,147 +35,360 @@ import triton.language as tl
 from torch import Tensor
 
 NAMESPACE = "niblick"
-# Columns per step of the loop, at most, and warps per row: the record's V in one step. Not tuned on any card yet.
-# V itself is a constexpr (one compilation a vocabulary): Triton 3.5's interpreter cannot loop to a runtime bound.
-LAUNCH = {"BLOCK_V": 8192, "num_warps": 8}
+# Columns that a program holds at once, at most, and a warp of it; SHARED and AHEAD are explained where they are used.
+# NVIDIA H200, 2026-11-20.
+LAUNCH = {
+    "loss": {"BLOCK_V": 8192, "columns_per_warp": 4096, "SHARED": 4},
+    "gradient": {"BLOCK_V": 8192, "columns_per_warp": 2048, "SHARED": 1},
+    "gradient in 8 bits": {"BLOCK_V": 8192, "columns_per_warp": 2048, "SHARED": 2},
+    "gradient in loops": {"BLOCK_V": 2048, "columns_per_warp": 512, "SHARED": 4},
+    "gradient by a team": {"BLOCK_V": 4096, "columns_per_warp": 2048, "SHARED": 4, "AHEAD": 660, "maxnreg": 96},
+}
+REACH = 60.0  # caps up to which sums need no maximum: exp(±60) of e^28 columns stays within float32
 
 
 def softcapped_ce_ref(
-    logits: Tensor, targets: Tensor, softcap: float = 30.0, *, ignore_index: int = -100, reduction: str = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float | tuple[float, float, float] | Tensor = 30.0,
+    softcap_negative: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    upstream: float | None = None,  # a promise to the kernel; it changes no value
+    check_targets: bool = False,
 ) -> Tensor:
     """The specification, in float32 or, for float64 logits, in float64."""
-    capped = softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
-    return F.cross_entropy(capped, targets.long(), ignore_index=ignore_index, reduction=reduction)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if isinstance(softcap, tuple):
+        A, B, C = softcap
+        z = A * torch.sigmoid((x + B) / C)
+    else:
+        c = softcap if softcap_negative is None else torch.where(x > 0, softcap, softcap_negative)
+        z = c * torch.tanh(x / c)
+    loss = F.cross_entropy(z, targets.long(), ignore_index=ignore_index, reduction="none")
+    w = (targets != ignore_index).to(x.dtype) * (1.0 if weights is None else weights.to(x.dtype))
+    return _softcapped_ce_reduce(w * (loss + z_loss * torch.logsumexp(z, 1).square()), w, reduction)
+
+
+def _softcapped_ce_reduce(loss: Tensor, w: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / w.sum()
 
 
 @triton.jit
-def _below_cap(x, softcap: tl.constexpr):
-    """w = 2cσ(-2x/c) and dz/dx = 4σ(1-σ), from e = exp(-|2x/c|) so that neither cancels."""
-    e = tl.exp(-tl.abs(x) * (2.0 / softcap))
-    s = 1.0 / (1.0 + e)
-    return 2.0 * softcap * tl.where(x > 0, e * s, s), 4.0 * e * s * s
+def _log1p(x):
+    # For x >= 0. log(u) / (u - 1) varies so slowly that the rounding of u = 1 + x hardly moves it, and times x it gives
+    # back the bits that u lost. Where u == 1, log1p(x) is x to rounding.
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit
-def _softcapped_ce_fwd_kernel(
+def _softcapped_ce_reciprocal(d, SHARED: tl.constexpr):
+    """1 / d. SHARED neighbours have it from one reciprocal of their product, 1 / a = b / (ab): a special function keeps
+    its unit for 8 cycles a warp, a product for 1. SHARED = 0 divides, which is slower, and right to one bit more."""
+    if SHARED == 0:
+        return 1.0 / d
+    elif SHARED == 1:
+        root = tl.rsqrt(d)
+        return root * root
+    else:
+        a, b = tl.split(tl.reshape(d, (d.shape[0] // 2, 2)))
+        r = _softcapped_ce_reciprocal(a * b, SHARED // 2)
+        return tl.reshape(tl.join(r * b, r * a), (d.shape[0],))
+
+
+@triton.jit
+def _softcapped_ce_cap(x, ref, caps_ptr, CAP: tl.constexpr, SHARED: tl.constexpr):
+    """exp(ref - w); E s², which is dz/dx without its factor A / C; w; dz/dc."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LIMIT: tl.constexpr = 124 // max(SHARED, 1)  # a product of SHARED (1 + E) stays finite, its reciprocal above 0
+    A: tl.constexpr = CAP[0]
+    B: tl.constexpr = CAP[1]
+    C: tl.constexpr = CAP[2]
+    if caps_ptr is None:
+        u = x * (LOG2E / C) + (B * LOG2E / C)
+    else:
+        positive, negative = tl.load(caps_ptr).to(tl.float32), tl.load(caps_ptr + 1).to(tl.float32)
+        positive = tl.where((positive > 0) & (negative > 0), positive, float("nan"))
+        u = x * tl.where(x > 0, 2 * LOG2E / positive, 2 * LOG2E / negative)
+    u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    E = tl.exp2(u)
+    s = _softcapped_ce_reciprocal(1.0 + E, SHARED)
+    if caps_ptr is None:
+        w = A * s
+        e = tl.exp2(ref * LOG2E - (A * LOG2E) * s)
+    else:
+        cap = tl.where(x > 0, positive, negative)
+        w = (positive - cap) + 2 * cap * s
+        e = tl.exp2((ref - w) * LOG2E)
+    slope = s * (E * s)
+    return e, slope, w, (E * s - s) - (2.0 / LOG2E) * u * slope  # tanh(y) - y tanh'(y) at y = x / c
+
+
+@triton.jit
+def _softcapped_ce_block(
+    row_ptr, start, group, ref, caps_ptr,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_V columns e E s²; and, by groups but the target's, Σe, and Σ e dz/dc over x > 0 and over x <= 0."""
+    cols = start + tl.arange(0, BLOCK_V)
+    x = tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+    e, slope, _, dcap = _softcapped_ce_cap(x, ref, caps_ptr, CAP, SHARED)
+    # One comparison a group where V is whole groups.
+    counted = e if V % GROUP == 0 else tl.where(cols < V, e, 0.0)
+    groups = start // GROUP + tl.arange(0, BLOCK_V // GROUP)
+    far = (groups != group) & (groups * GROUP < V)
+    total = tl.where(far, tl.sum(tl.reshape(counted, (BLOCK_V // GROUP, GROUP)), axis=1), 0.0)
+    up, down = total, total
+    if caps_ptr is not None:
+        dcap = tl.reshape(counted * dcap, (BLOCK_V // GROUP, GROUP))  # its sign is that of x
+        up, down = tl.maximum(dcap, 0.0), tl.minimum(dcap, 0.0)
+        up, down = tl.where(far, tl.sum(up, axis=1), 0.0), tl.where(far, tl.sum(down, axis=1), 0.0)
+    return e * slope, total, up, down
+
+
+@triton.jit
+def _softcapped_ce_store(dlogits_ptr, cols, dx, mask):
+    if dlogits_ptr.dtype.element_ty == tl.float8e5:
+        dx = tl.clamp(dx, -57344.0, 57344.0, propagate_nan=tl.PropagateNan.ALL)  # its largest number
+    tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _softcapped_ce_kernel(
     logits_ptr,  # (n_rows, V)
     targets_ptr,  # (n_rows,)
+    weights_ptr,  # (n_rows,) float32; None for ones
+    caps_ptr,  # (2,): c₊ and c₋; None for those of CAP
+    dloss_ptr,  # (n_rows,) float32; None for no gradient
     loss_ptr,  # (n_rows,) float32
-    lse_ptr,  # (n_rows,) float32: logsumexp of -w; of no meaning where the row is ignored
-    miss_ptr,  # (n_rows,) float32: 1 - p_t; likewise
+    dlogits_ptr,  # (n_rows, V); it may be the logits
+    dcaps_ptr,  # (n_rows, 2) float32: each row's share
+    board_ptr,  # (1 + n_rows * PARTS,) int32, all -1; None for one part
     stride_row,
     stride_target,
+    stride_weight,
+    stride_dloss,
+    stride_dlogits,
     V: tl.constexpr,
-    softcap: tl.constexpr,
+    CAP: tl.constexpr,  # A, B, C, floor: z = floor + A σ((x + B) / C)
+    z_loss: tl.constexpr,
     ignore_index: tl.constexpr,
+    REACH: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
+    """A program does a row. Or a team of PARTS programs does: each keeps BLOCK_V columns in registers, posts their sum
+    on a board and waits for the others' sums. No team waits in vain: parts are taken up in the order in which programs
+    start (the board's first number counts them), so every team before it is complete, and will end without it."""
+    program = tl.program_id(0).to(tl.int64)
+    if PARTS > 1:
+        program = tl.atomic_add(board_ptr, 1, sem="relaxed").to(tl.int64) + 1
+    row, part = program // PARTS, (program % PARTS).to(tl.int32)
+    first = part * BLOCK_V
+    IN_REGISTERS: tl.constexpr = V <= BLOCK_V * PARTS
+    if AHEAD > 0:
+        # What the program AHEAD of this one will load is asked into L2: while they wait, programs ask for nothing.
+        LINE: tl.constexpr = 8 * GROUP  # columns of 128 bytes
+        later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
+        lines = tl.minimum(later % PARTS * BLOCK_V + tl.arange(0, BLOCK_V // LINE) * LINE, V - 1)
+        lines_ptr = (logits_ptr + later // PARTS * stride_row + lines).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines_ptr], tl.int32, False, 1)
     row_ptr = logits_ptr + row * stride_row
+    target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
     ignored = target == ignore_index
     known = (target >= 0) & (target < V)
-    x_target = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
-    w_target = _below_cap(tl.where(ignored, 0.0, x_target), softcap)[0]
+    target = tl.where(known, target, 0).to(tl.int32)
+    group = target // GROUP
 
-    nearest = w_target  # running minimum of w; both sums are relative to exp(-nearest)
-    others = w_target * 0.0
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        w = _below_cap(tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(tl.float32), softcap)[0]
-        w = tl.where((cols < V) & (cols != target), w, float("inf"))
-        closer = tl.minimum(nearest, tl.min(w, axis=0))
-        others = others * tl.exp(closer - nearest) + tl.sum(tl.exp(closer - w), axis=0)
-        nearest = closer
+    # Sums are of exp(ref - w). ref is the middle of w's range or, where that reaches too far, the row's least w.
+    if caps_ptr is None:
+        ref = CAP[0] / 2
+        far = ref > REACH
+    else:
+        ref = tl.load(caps_ptr).to(tl.float32)
+        far = tl.maximum(ref, tl.load(caps_ptr + 1).to(tl.float32)) > REACH
+    if far:
+        largest = float("-inf")
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            x = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(x, axis=0))
+        ref = _softcapped_ce_cap(largest, 0.0, caps_ptr, CAP, 0)[2]
 
-    # w_target is a product, which a subtraction would take unrounded (fused multiply-add): equal must give zero.
-    gap = tl.where(nearest == w_target, 0.0, w_target - nearest)
-    total = others + tl.exp(-gap)
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.log(total) + gap))
-    tl.store(lse_ptr + row, tl.log(total) - nearest)
-    tl.store(miss_ptr + row, others / total)
+    if IN_REGISTERS:
+        unscaled, total, up, down = _softcapped_ce_block(
+            row_ptr, first, group, ref, caps_ptr, V, CAP, BLOCK_V, GROUP, SHARED
+        )
+    else:
+        total = tl.zeros((BLOCK_V // GROUP,), tl.float32)
+        up, down = total, total
+        for start in range(0, V, BLOCK_V):
+            some = _softcapped_ce_block(row_ptr, start, group, ref, caps_ptr, V, CAP, BLOCK_V, GROUP, SHARED)
+            total, up, down = total + some[1], up + some[2], down + some[3]
+
+    # The target's group, in the program that has it.
+    cols = group * GROUP + tl.arange(0, GROUP)
+    mine = PARTS == 1 or (group * GROUP >= first) & (group * GROUP < first + BLOCK_V)
+    inside = (cols < V) & mine
+    here, beside = inside & (cols == target), inside & (cols != target)
+    x = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    e, slope, w, dcap = _softcapped_ce_cap(x, ref, caps_ptr, CAP, 0)
+    e_target = tl.where(known | ignored, tl.sum(tl.where(here, e, 0.0), axis=0), float("nan"))
+    others = tl.sum(total, axis=0) + tl.sum(tl.where(beside, e, 0.0), axis=0)
+    total = others + e_target
+    if PARTS > 1:
+        # The mov keeps what is in registers as it is. The compiler would move its last product behind the wait, and so
+        # keep three factors instead (226 registers a thread instead of 96).
+        unscaled = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [unscaled], tl.float32, is_pure=False, pack=1)
+        places = tl.arange(0, triton.next_power_of_2(PARTS))
+        row_board_ptr = board_ptr + 1 + row * PARTS
+        # A sum is its own flag, as no other data hangs on it: without a sign bit even NaN is no negative integer.
+        tl.atomic_xchg(row_board_ptr + part, tl.abs(total).to(tl.int32, bitcast=True), sem="relaxed")
+        posted = tl.load(row_board_ptr + places, mask=places < PARTS, other=0, volatile=True)
+        while tl.min(posted, axis=0) < 0:
+            posted = tl.load(row_board_ptr + places, mask=places < PARTS, other=0, volatile=True)
+        sums = posted.to(tl.float32, bitcast=True)
+        others += tl.sum(tl.where(places == part, 0.0, sums), axis=0)
+        total = tl.sum(sums, axis=0)
+
+    top = CAP[0] + CAP[3] if caps_ptr is None else tl.load(caps_ptr).to(tl.float32)
+    lse = top - ref + tl.log(total)
+    weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row * stride_weight).to(tl.float32)
+    loss = _log1p(others / e_target)
+    gap = tl.sum(tl.where(here, w, 0.0), axis=0) - ref
+    loss = tl.where(far & (gap > REACH), gap + tl.log(total), loss)  # where e_target may have underflowed
+    loss = tl.where(ignored, 0.0, weight * (loss + z_loss * lse * lse))
+    tl.store(loss_ptr + row, loss, mask=mine)
+
+    if dloss_ptr is not None:
+        SLOPE: tl.constexpr = CAP[0] / CAP[2]
+        dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+        dloss = tl.where(ignored, 0.0, dloss * weight)
+        factor = dloss * (1.0 + 2.0 * z_loss * lse) / total
+        dz_target = dloss * (2.0 * z_loss * lse * (e_target / total) - others / total)
+        out_ptr = dlogits_ptr + row * stride_dlogits
+        for start in range(0, BLOCK_V if IN_REGISTERS else V, BLOCK_V):
+            block = first + start + tl.arange(0, BLOCK_V)
+            if not IN_REGISTERS:
+                unscaled = _softcapped_ce_block(row_ptr, start, group, ref, caps_ptr, V, CAP, BLOCK_V, GROUP, SHARED)[0]
+            _softcapped_ce_store(out_ptr, block, unscaled * (factor * SLOPE), (block < V) & (block // GROUP != group))
+        dz = tl.where(here, dz_target, e * factor)
+        _softcapped_ce_store(out_ptr, cols, dz * slope * SLOPE, inside)
+        if caps_ptr is not None:
+            dcap = tl.where(inside, dz * dcap, 0.0)
+            up = tl.sum(up, axis=0) * factor + tl.sum(tl.where(x > 0, dcap, 0.0), axis=0)
+            down = tl.sum(down, axis=0) * factor + tl.sum(tl.where(x > 0, 0.0, dcap), axis=0)
+            tl.store(dcaps_ptr + row * 2, up)
+            tl.store(dcaps_ptr + row * 2 + 1, down)
 
 
-@triton.jit
-def _softcapped_ce_bwd_kernel(
-    dloss_ptr,  # (n_rows,) float32
-    logits_ptr,  # (n_rows, V)
-    targets_ptr,  # (n_rows,)
-    lse_ptr,  # (n_rows,) float32
-    miss_ptr,  # (n_rows,) float32
-    dlogits_ptr,  # (n_rows, V), contiguous
-    stride_dloss,
-    stride_row,
-    stride_target,
-    V: tl.constexpr,
-    softcap: tl.constexpr,
-    ignore_index: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
-    dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
-    lse = tl.load(lse_ptr + row).to(tl.float32)
-    miss = tl.load(miss_ptr + row).to(tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + row * stride_row + cols, mask=cols < V, other=0.0).to(tl.float32)
-        w, slope = _below_cap(x, softcap)
-        dz = dloss * tl.where(cols == target, -miss, tl.exp(-w - lse))
-        dx = tl.where(target == ignore_index, 0.0, dz * slope)
-        tl.store(dlogits_ptr + row * V + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
-
-
-def _forward(logits: Tensor, targets: Tensor, softcap: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    n_rows, V = logits.shape
-    loss, lse, miss = (torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(3))
-    _softcapped_ce_fwd_kernel[(n_rows,)](
-        logits, targets, loss, lse, miss, logits.stride(0), targets.stride(0), V, softcap, ignore_index, **_launch(V)
-    )  # fmt: skip
-    return loss, lse, miss
+def _forward(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, caps: Tensor | None, dloss: Tensor | None,
+    cap: list[float], z_loss: float, ignore_index: int, grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses (n_rows,); and for a dloss, that is, for a gradient: dlogits (n_rows, V) and, with caps, dcaps (2,)."""
+    shape = (0,) if dloss is None else logits.shape
+    dlogits = torch.empty(shape, dtype=grad_dtype or logits.dtype, device=logits.device)
+    loss, dcaps = _launch(logits, targets, weights, caps, dloss, dlogits, cap, z_loss, ignore_index)
+    return loss, dlogits, dcaps
 
 
 def _backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, miss: Tensor, softcap: float, ignore_index: int
-) -> Tensor:
-    n_rows, V = logits.shape
-    dlogits = torch.empty((n_rows, V), dtype=logits.dtype, device=logits.device)
-    _softcapped_ce_bwd_kernel[(n_rows,)](
-        dloss, logits, targets, lse, miss, dlogits,
-        dloss.stride(0), logits.stride(0), targets.stride(0), V, softcap, ignore_index, **_launch(V),
+    dloss: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None, caps: Tensor | None,
+    cap: list[float], z_loss: float, ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums are taken again: they cost no byte, and nothing but the logits has to be saved for them."""
+    return _forward(logits, targets, weights, caps, dloss, cap, z_loss, ignore_index, None)[1:]
+
+
+def _softcapped_ce_in_place(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, dloss: Tensor,
+    cap: list[float], z_loss: float, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """Losses; the logits become their gradient."""
+    return _launch(logits, targets, weights, None, dloss, logits, cap, z_loss, ignore_index)[0]
+
+
+def _launch(logits, targets, weights, caps, dloss, dlogits, cap, z_loss, ignore_index) -> tuple[Tensor, Tensor]:
+    (n_rows, V), device = logits.shape, logits.device
+    way = "loss" if dloss is None else _softcapped_ce_way(logits, dlogits.dtype, caps is None and cap[0] <= 2 * REACH)
+    launch = {"AHEAD": 0} | LAUNCH[way]
+    columns_per_warp, group = launch.pop("columns_per_warp"), 16 // logits.itemsize
+    block = launch["BLOCK_V"] = max(min(launch["BLOCK_V"], triton.next_power_of_2(V)), 32 * group)
+    if logits.dtype == torch.float32:
+        launch["SHARED"] = 0
+    parts = triton.cdiv(V, block) if way == "gradient by a team" else 1
+    board = torch.full((1 + n_rows * parts,), -1, dtype=torch.int32, device=device) if parts > 1 else None
+    loss = torch.empty(n_rows, dtype=torch.float32, device=device)
+    dcaps = torch.empty((n_rows, 0 if caps is None or dloss is None else 2), dtype=torch.float32, device=device)
+    _softcapped_ce_kernel[(n_rows * parts,)](
+        logits, targets, weights, caps, dloss, loss, dlogits, dcaps, board, logits.stride(0), targets.stride(0),
+        *(0 if t is None else t.stride(0) for t in (weights, dloss)), dlogits.stride(0), V, tuple(cap), z_loss,
+        ignore_index, REACH, parts, GROUP=group, **launch, num_warps=max(1, block // columns_per_warp),
     )  # fmt: skip
-    return dlogits
+    return loss, dcaps.sum(0)
 
 
-def _launch(V: int) -> dict[str, int]:
-    return LAUNCH | {"BLOCK_V": min(LAUNCH["BLOCK_V"], triton.next_power_of_2(V))}
+def _softcapped_ce_way(logits: Tensor, grad_dtype: torch.dtype, simple: bool) -> str:
+    """The entry of LAUNCH for a gradient. Where a row is too long for the registers of a program, a team of programs
+    shares it, which wait for one another (the interpreter runs them in turn), or it is read again in a second loop.
+
+    simple: no tensor caps, whose derivatives need twice the registers, and no row maximum.
+    """
+    V, group = logits.shape[1], 16 // logits.itemsize
+    if simple and V <= LAUNCH["gradient"]["BLOCK_V"]:
+        return "gradient in 8 bits" if grad_dtype.itemsize == 1 else "gradient"
+    aligned = V % group == 0 and logits.stride(0) % group == 0  # else accesses are of one column, and loops do better
+    return "gradient by a team" if simple and aligned and not INTERPRETED else "gradient in loops"
 
 
-def _forward_eager(logits: Tensor, targets: Tensor, softcap: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    z = softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
-    ignored = targets == ignore_index
-    column = targets.long().masked_fill(ignored, 0)[:, None]
-    log_p = z.log_softmax(-1).gather(1, column)[:, 0]
-    return (-log_p).masked_fill(ignored, 0.0), z.logsumexp(-1) - softcap, -torch.expm1(log_p)
-
-
-def _backward_eager(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, miss: Tensor, softcap: float, ignore_index: int
-) -> Tensor:
-    capped = torch.tanh(logits.to(miss.dtype) / softcap)
-    ignored = targets == ignore_index
-    column = targets.long().masked_fill(ignored, 0)[:, None]
-    dz = (softcap * capped).softmax(-1).scatter(1, column, -miss[:, None])
-    dx = dloss[:, None] * dz * (1 - capped * capped)
-    return dx.masked_fill(ignored[:, None], 0.0).to(logits.dtype)
+def _forward_eager(logits, targets, weights, caps, dloss, cap, z_loss, ignore_index, grad_dtype):
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    A, B, C, floor = cap
+    if caps is not None:
+        c = torch.where((caps > 0).all(), caps, torch.nan)
+        c = torch.where(x > 0, c[0], c[1])
+        A, B, C, floor = 2 * c, 0.0, c / 2, -c
+    u = (x + B) / C
+    z = floor + A / 2 + A / 2 * torch.tanh(u / 2)
+    slope = A / C * torch.sigmoid(u) * torch.sigmoid(-u)
+    known, ignored = (targets >= 0) & (targets < x.shape[1]), targets == ignore_index
+    t = torch.where(known, targets, 0).long()[:, None]
+    lse, p = torch.logsumexp(z, 1), torch.softmax(z, 1)
+    w = torch.ones_like(lse) if weights is None else weights
+    w = torch.where(ignored, 0.0, torch.where(known, w, torch.nan))
+    loss = w * (z_loss * lse.square() - torch.log_softmax(z, 1).gather(1, t)[:, 0])
+    dtype = grad_dtype or logits.dtype
+    if dloss is None:
+        return loss, logits.new_empty(0, dtype=dtype), x.new_zeros(0)
+    rise, others = 2 * z_loss * lse[:, None], p.scatter(1, t, 0.0).sum(1, keepdim=True)
+    dz = (w * dloss)[:, None] * ((1 + rise) * p).scatter(1, t, rise * p.gather(1, t) - others)
+    dcaps = x.new_zeros(0)
+    if caps is not None:
+        dcap = dz * (torch.tanh(u / 2) - u / 2 * slope)
+        dcaps = torch.stack([dcap[side].sum() for side in (x > 0, x <= 0)])
+    dx, largest = dz * slope, torch.finfo(dtype).max
+    return loss, (dx.clamp(-largest, largest) if dtype == torch.float8_e5m2 else dx).to(dtype), dcaps
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
-INTERPRETED = not isinstance(_softcapped_ce_fwd_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(_softcapped_ce_kernel, triton.runtime.JITFunction)
 
 _op = torch.library.custom_op(f"{NAMESPACE}::softcapped_ce", _forward, mutates_args=(), device_types="cuda")
 _op_backward = torch.library.custom_op(
     f"{NAMESPACE}::softcapped_ce_backward", _backward, mutates_args=(), device_types="cuda"
+)
+_op_in_place = torch.library.custom_op(
+    f"{NAMESPACE}::softcapped_ce_in_place", _softcapped_ce_in_place, mutates_args=("logits",), device_types="cuda"
 )
 
 
@@ -178,96 +398,239 @@ def _forward_cpu(logits, *args):
 
 
 @_op_backward.register_kernel("cpu")
-def _backward_cpu(dloss, logits, *args):
-    return (_backward if INTERPRETED and logits.dtype != torch.float64 else _backward_eager)(dloss, logits, *args)
+def _backward_cpu(dloss, logits, targets, weights, caps, *numbers):
+    return _forward_cpu(logits, targets, weights, caps, dloss, *numbers, None)[1:]
+
+
+@_op_in_place.register_kernel("cpu")
+def _softcapped_ce_in_place_cpu(logits, targets, weights, dloss, *numbers):
+    if INTERPRETED and logits.dtype != torch.float64:
+        return _softcapped_ce_in_place(logits, targets, weights, dloss, *numbers)
+    loss, dlogits, _ = _forward_eager(logits, targets, weights, None, dloss, *numbers, None)
+    logits.copy_(dlogits)
+    return loss
 
 
 @_op.register_fake
-def _forward_fake(logits, targets, softcap, ignore_index):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+def _forward_fake(logits, targets, weights, caps, dloss, cap, z_loss, ignore_index, grad_dtype):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    dlogits = logits.new_empty((0,) if dloss is None else logits.shape, dtype=grad_dtype or logits.dtype)
+    dcaps = logits.new_empty(0 if caps is None or dloss is None else 2, dtype=wide)
+    return logits.new_empty(logits.shape[0], dtype=wide), dlogits, dcaps
 
 
 @_op_backward.register_fake
-def _backward_fake(dloss, logits, targets, lse, miss, softcap, ignore_index):
-    return logits.new_empty(logits.shape)
+def _backward_fake(dloss, logits, targets, weights, caps, *numbers):
+    return _forward_fake(logits, targets, weights, caps, dloss, *numbers, None)[1:]
+
+
+@_op_in_place.register_fake
+def _softcapped_ce_in_place_fake(logits, *args):
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, ctx.softcap, ctx.ignore_index = inputs
-    _, lse, miss = output
-    ctx.mark_non_differentiable(lse, miss)
-    ctx.save_for_backward(logits, targets, lse, miss)
+    *tensors, promised, ctx.cap, ctx.z_loss, ctx.ignore_index, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for dlogits' own gradient would cost as much as writing it did
+    ctx.has_caps, ctx.written = tensors[3] is not None, promised is not None
+    ctx.save_for_backward(*((promised, *output[1:]) if ctx.written else tensors))
 
 
-def _autograd(ctx, dloss, _dlse, _dmiss):
-    return _op_backward(dloss, *ctx.saved_tensors, ctx.softcap, ctx.ignore_index), None, None, None
+def _autograd(ctx, dloss, *_):
+    if ctx.written:
+        promised, dlogits, dcaps = ctx.saved_tensors
+        both = (t[:1] if t.stride(0) == 0 else t for t in (dloss, promised))  # expanded: one number for all rows
+        kept = torch.isclose(*both, 1e-5, 0.0, equal_nan=True).all()
+        torch._assert_async(kept, "softcapped_ce: backward() brought another gradient than upstream had promised")
+    else:
+        dlogits, dcaps = _op_backward(dloss, *ctx.saved_tensors, ctx.cap, ctx.z_loss, ctx.ignore_index)
+    return dlogits, None, None, dcaps if ctx.has_caps else None, *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def softcapped_ce(
-    logits: Tensor, targets: Tensor, softcap: float = 30.0, *, ignore_index: int = -100, reduction: str = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float | tuple[float, float, float] | Tensor = 30.0,
+    softcap_negative: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    upstream: float | None = None,
+    check_targets: bool = False,
 ) -> Tensor:
-    """Cross-entropy of softcap * tanh(logits / softcap) against targets, as torch.nn.functional.cross_entropy.
+    """Cross-entropy of capped logits against targets, as torch.nn.functional.cross_entropy.
 
     logits: (n_rows, V) bfloat16, float16 or float32, each row's columns adjacent; float64 on CPU only.
     targets: (n_rows,) int64 or int32, in [0, V) or ignore_index, whose rows count for nothing.
-    reduction: "none" gives (n_rows,), "sum" and "mean" a scalar; the mean is over the rows not ignored, NaN if none is.
-    Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits.
+    softcap: c > 0, for c tanh(x / c); (A, B, C), for A σ((x + B) / C); or a learnt c, a float tensor of one element,
+        for all logits, or for the positive ones if there is a softcap_negative, a tensor like it.
+    weights: (n_rows,) float32, factors of the rows' losses. They get no gradient.
+    reduction: "none" gives (n_rows,), "sum" and "mean" a scalar; the mean is over the weights of the rows not ignored,
+        NaN if none is.
+    z_loss: coefficient of lse², lse the logsumexp of the capped logits.
+    upstream: the gradient that backward() will bring to this result, where the caller knows it: 1.0 for
+        loss.backward(), 0.125 for (loss / 8).backward(). The gradient is then written while the logits are read for
+        the loss, and backward() hands it out. Should it bring anything else (by more than 1e-5 of it), it raises
+        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right.
+    check_targets: raise for a target out of range, which makes the host wait; else its row's loss is NaN.
+    Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits and caps.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype.
     """
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"softcapped_ce: expected logits of shape (n_rows, V), got {tuple(logits.shape)}")
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if logits.dtype not in (dtypes if logits.device.type != "cpu" else (*dtypes, torch.float64)):
-        raise TypeError(
-            f"softcapped_ce: expected logits in bfloat16, float16 or float32 (float64 on CPU only), "
-            f"got {logits.dtype} on {logits.device}"
-        )
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"softcapped_ce: expected logits with adjacent columns, stride 1, got {logits.stride()}")
-    if targets.shape != logits.shape[:1]:
-        raise ValueError(
-            f"softcapped_ce: expected targets of shape ({logits.shape[0]},), one a row, got {tuple(targets.shape)}"
-        )
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"softcapped_ce: expected targets in int64 or int32, got {targets.dtype}")
-    if targets.device != logits.device:
-        raise ValueError(f"softcapped_ce: expected targets on {logits.device}, got {targets.device}")
-    if not softcap > 0:
-        raise ValueError(f"softcapped_ce: expected softcap > 0, got {softcap}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"softcapped_ce: expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-    loss, _, _ = _op(logits, targets, float(softcap), ignore_index)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (targets != ignore_index).sum()
+    cap, caps = _softcapped_ce_validate("softcapped_ce", logits, targets, softcap, softcap_negative, weights, z_loss)
+    if check_targets:
+        _softcapped_ce_check_targets("softcapped_ce", targets, logits.shape[1], ignore_index)
+    wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
+    if reduction == "mean":
+        w = (targets != ignore_index).to(wide)
+        w = w if weights is None else w * weights
+    wanted = torch.is_grad_enabled() and (logits.requires_grad or (caps is not None and caps.requires_grad))
+    if upstream is not None and wanted:
+        promised = torch.full((), upstream, dtype=wide, device=logits.device)
+        promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
+    loss = _op(logits, targets, weights, caps, promised, cap, float(z_loss), ignore_index, None)[0]
+    return _softcapped_ce_reduce(loss, w, reduction)
+
+
+def softcapped_ce_and_grad(
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float | tuple[float, float, float] = 30.0,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    grad_dtype: torch.dtype | None = None,
+    grad_scale: float = 1.0,
+    inplace: bool = False,
+    check_targets: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The losses of softcapped_ce(..., reduction="none") and grad_scale times the gradient of their sum, in one pass.
+
+    For a backward of your own: neither result is followed by autograd. Arguments as of softcapped_ce, but for
+    grad_dtype: logits' dtype, or torch.float8_e5m2, in which values beyond ±57,344 become that, and for
+    inplace: write the gradient over the logits, and return them as dlogits.
+    Returns losses (n_rows,) float32 and dlogits (n_rows, V). Raises as softcapped_ce does, and for inplace with another
+    grad_dtype, with logits that require grad or with rows that overlap.
+    """
+    name = "softcapped_ce_and_grad"
+    if isinstance(softcap, Tensor):
+        raise TypeError(f"{name}: expected softcap in numbers (softcapped_ce learns caps), got a tensor")
+    cap, _ = _softcapped_ce_validate(name, logits, targets, softcap, None, weights, z_loss)
+    if grad_dtype not in ((None, logits.dtype) if inplace else (None, logits.dtype, torch.float8_e5m2)):
+        or_8_bits = " with inplace" if inplace else " or torch.float8_e5m2"
+        raise TypeError(f"{name}: expected grad_dtype {logits.dtype}{or_8_bits}, got {grad_dtype}")
+    if inplace and logits.requires_grad:
+        raise ValueError(f"{name}: expected logits that do not require grad with inplace, got logits that do")
+    if inplace and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(f"{name}: expected rows that do not overlap with inplace, got strides {logits.stride()}")
+    if check_targets:
+        _softcapped_ce_check_targets(name, targets, logits.shape[1], ignore_index)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    dloss = torch.full((), grad_scale, dtype=wide, device=logits.device).expand(logits.shape[0])
+    if inplace:
+        return _op_in_place(logits, targets, weights, dloss, cap, float(z_loss), ignore_index), logits
+    logits = logits.detach()
+    return _op(logits, targets, weights, None, dloss, cap, float(z_loss), ignore_index, grad_dtype)[:2]
+
+
+def _softcapped_ce_validate(
+    name, logits, targets, softcap, softcap_negative, weights, z_loss
+) -> tuple[list[float], Tensor | None]:
+    """A, B, C and floor of z = floor + A σ((x + B) / C); and tensor caps as (2,), for which A / C = 4."""
+
+    def expect(right: bool, error: type[Exception], expected: str) -> None:
+        if not right:
+            raise error(f"{name}: expected {expected}")
+
+    got, wide = tuple(logits.shape), torch.promote_types(logits.dtype, torch.float32)
+    expect(logits.ndim == 2 and got[-1] > 0, ValueError, f"logits of shape (n_rows, V), got {got}")
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if logits.device.type == "cpu" else ()))
+    expected = "logits in bfloat16, float16 or float32 (float64 on CPU only)"
+    expect(logits.dtype in dtypes, TypeError, f"{expected}, got {logits.dtype} on {logits.device}")
+    adjacent = logits.stride(1) == 1 or got[1] == 1
+    expect(adjacent, ValueError, f"logits with adjacent columns, stride 1, got {logits.stride()}")
+    expected = f"targets in int64 or int32, got {targets.dtype}"
+    expect(targets.dtype in (torch.int64, torch.int32), TypeError, expected)
+    for what, tensor in (("targets", targets), ("weights", weights)):
+        if tensor is not None:
+            expected = f"{what} of shape ({got[0]},), one a row, got {tuple(tensor.shape)}"
+            expect(tensor.shape == got[:1], ValueError, expected)
+    if weights is not None:
+        expect(weights.dtype == wide, TypeError, f"weights in {wide}, got {weights.dtype}")
+        expect(not weights.requires_grad, ValueError, "weights that require no grad (they get none), got some that do")
+    for what, tensor in (("softcap", softcap), ("softcap_negative", softcap_negative)):
+        if isinstance(tensor, Tensor):
+            one = tensor.numel() == 1 and tensor.is_floating_point()
+            expected = f"{what}, as a tensor, to be one float, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            expect(one, ValueError, expected)
+    tensors = {"targets": targets, "weights": weights, "softcap": softcap, "softcap_negative": softcap_negative}
+    for what, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            expect(tensor.device == logits.device, ValueError, f"{what} on {logits.device}, got {tensor.device}")
+    expect(0 <= z_loss < float("inf"), ValueError, f"z_loss >= 0, got {z_loss}")
+    if isinstance(softcap, Tensor):
+        both = (softcap, softcap if softcap_negative is None else softcap_negative)
+        return [4.0, 0.0, 1.0, 0.0], torch.cat([c.reshape(1) for c in both]).to(wide)
+    expect(softcap_negative is None, TypeError, f"softcap as a tensor beside softcap_negative, got {softcap!r}")
+    if isinstance(softcap, tuple):
+        right = len(softcap) == 3 and softcap[0] > 0 and softcap[2] > 0
+        expect(right, ValueError, f"softcap (A, B, C) with A > 0 and C > 0, got {softcap}")
+        return [*map(float, softcap), 0.0], None
+    expect(softcap > 0, ValueError, f"softcap > 0, got {softcap}")
+    return [2.0 * softcap, 0.0, 0.5 * softcap, -float(softcap)], None
+
+
+def _softcapped_ce_check_targets(name: str, targets: Tensor, V: int, ignore_index: int) -> None:
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bad.any():
+        row = int(bad.int().argmax())
+        raise ValueError(f"{name}: expected targets in [0, {V}), got {int(targets[row])} in row {row}")
 
 
 # --- not needed when lifted ---
 
 SIZES = {
     "odd": (5, 1025),
-    "tile": (8, 2048),
-    "wide": (4, 9001),  # more than one step of the loop, with a ragged tail
+    "sigmoid": (7, 515),
+    "two caps": (6, 1000),
+    "wide": (4, 9001),  # more than one block, with a ragged tail
+    "high cap": (5, 260),  # sums need the row's maximum
     "record": (98304, 8192),
     "large": (262400, 8192),
 }
 
 
 def softcapped_ce_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
-    """Logits N(0, 15²), which the cap bends; targets on the first and last column; one row confident, one ignored, one
-    with its largest logit last."""
+    """Logits N(0, 15²), which the cap bends; targets on the first and last column, one of them unlikely; one row
+    confident, one ignored. The other arguments depend on V, so that the small sizes together use all of them."""
     n_rows, V = size
     generator = torch.Generator(device).manual_seed(seed)
-    logits = torch.randn(size, generator=generator, device=device).mul_(15).to(dtype)
+    logits = torch.randn(size, generator=generator, device=device).mul_(15 if V != 260 else 45).to(dtype)
     targets = torch.randint(V, (n_rows,), generator=generator, device=device)
-    targets[0], targets[-1], targets[2] = 0, V - 1, -100
+    weights = 0.5 + torch.rand(n_rows, generator=generator, device=device)
+    targets[0], targets[2], targets[-1] = 0, -100, V - 1
     logits[1] /= 15
-    logits[1, targets[1]], logits[0, -1] = 16.0, 75.0
-    return {"logits": logits.requires_grad_(), "targets": targets, "softcap": 30.0, "reduction": "none"}
+    logits[1, targets[1]], logits[0, 0], logits[0, -1] = 16.0, -60.0, 75.0
+    extra: dict[str, object] = {"softcap": 30.0}
+    if V == 1025:
+        extra["weights"] = weights
+    elif V == 515:
+        extra = {"softcap": (23.0, 5.0, 7.5), "weights": weights, "z_loss": 1e-3}
+    elif V == 1000:
+        caps = (torch.full((1,), c, device=device, requires_grad=True) for c in (27.0, 21.0))
+        extra = {**dict(zip(("softcap", "softcap_negative"), caps, strict=True)), "z_loss": 1e-3}
+    elif V == 260:
+        extra["softcap"] = 100.0
+        logits[0, 0], logits[:, -1] = -180.0, 225.0
+    return {"logits": logits.requires_grad_(), "targets": targets, "reduction": "none", **extra}
 
 
 def softcapped_ce_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
@@ -280,6 +643,24 @@ def softcapped_ce_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, i
         "flops_forward": 15 * n_rows * V,
         "flops_backward": 15 * n_rows * V,
     }
+
+
+def _softcapped_ce_prove_one_pass() -> None:
+    """What the promise of an upstream gradient and a gradient in fp8 are worth, at the record size."""
+    size, dtype = SIZES["record"], torch.bfloat16
+    inputs = softcapped_ce_inputs(size, dtype, "cuda")
+    logits, targets = inputs["logits"], inputs["targets"]
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    roof = 2 * source.numel() / triton.testing.do_bench(source.clone, return_mode="median")
+    calls = {
+        "loss and gradient, upstream=1.0": (lambda: softcapped_ce(logits, targets, upstream=1.0).backward(), 2),
+        "softcapped_ce_and_grad": (lambda: softcapped_ce_and_grad(logits, targets), 2),
+        "the same in fp8": (lambda: softcapped_ce_and_grad(logits, targets, grad_dtype=torch.float8_e5m2), 1),
+    }
+    for what, (call, written) in calls.items():
+        ms = triton.testing.do_bench(call, grad_to_none=[logits], return_mode="median")
+        speed = logits.numel() * (2 + written) / ms
+        print(f"{what} {size}: {ms:.3f} ms, {speed / 1e9:.2f} TB/s ({speed / roof:.0%} of a copy's)")
 
 
 def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, sizes: dict) -> None:
@@ -332,3 +713,5 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 if __name__ == "__main__":
     _prove(softcapped_ce, softcapped_ce_ref, softcapped_ce_inputs, softcapped_ce_cost, SIZES)
+    if torch.cuda.is_available():
+        _softcapped_ce_prove_one_pass()

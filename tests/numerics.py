@@ -130,3 +130,31 @@ def assert_like_eager(name: str, kernel: Tensor, eager: Tensor, f64: Tensor) -> 
         ("worst", ours.max(), 2 * theirs.max() + eps + 1e-6),
     ):
         assert error <= allowed, f"{name}: {what} error {error:.3g} of the row's size, allowed {allowed:.3g}"
+
+
+def assert_fp8_logits(name: str, kernel: Tensor, f64: Tensor) -> None:
+    """The root mean square error is at most a tenth of the result's size, for logits of standard deviation up to 4.
+
+    e4m3 has 3 bits behind the point: each operand is off by 2^-4 / sqrt(12) to 2^-4 / sqrt(3) of itself, 2.6 % on
+    average, so a logit by 3.7 % of the logits' standard deviation, 0.15 at 4, and exp(logit) by 15 %. Sums of thousands
+    of such terms, and the target's own term, which is known, lie well below that.
+    """
+    assert kernel.shape == f64.shape and torch.isfinite(kernel).all(), f"{name}: shape or not finite"
+    error = (kernel.detach().double() - f64).square().mean().sqrt() / f64.square().mean().sqrt()
+    assert error <= 0.1, f"{name}: rms error {error:.3g} of the result's"
+
+
+FP8_MLP = 0.1  # root mean square error of the 8-bit MLP, of the result's: 6 to 8 % expected, see below
+FP8_MLP_TRUNCATED = 0.25  # in Triton's interpreter, which casts to 8 bits towards zero: every cast shrinks by 3 %
+
+
+def assert_fp8_mlp(name: str, kernel: Tensor, f64: Tensor) -> None:
+    """The root mean square error is at most `FP8_MLP` of the result's, all finite.
+
+    A cast to e4m3 is off by 2.6 %. h carries two of them and counts twice in a, a's own and a weight's follow: 6 % for
+    y; 7 % for the gradients, whose factors were cast once more.
+    """
+    assert kernel.shape == f64.shape and torch.isfinite(kernel).all(), f"{name}: shape or not finite"
+    error = (kernel.detach().double() - f64).square().mean().sqrt() / f64.square().mean().sqrt()
+    allowed = FP8_MLP if kernel.is_cuda else FP8_MLP_TRUNCATED
+    assert error <= allowed, f"{name}: rms error {error:.3g} of the result's, allowed {allowed:.3g}"

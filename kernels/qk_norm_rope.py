@@ -1,0 +1,439 @@
+"""Query and key heads made ready for attention: RMSNorm without weight, partial rotary embedding, gain per query head.
+
+For a head vector z of d channels, with r = 1 / sqrt(mean(z²) + eps) and n = r z:
+
+    out = g R n,    (R n)_j = n_j cos_j + n_{j+h} sin_j,    (R n)_{j+h} = n_{j+h} cos_j - n_j sin_j,    j < h
+
+R leaves the channels from 2h on alone; g is gain[head] for q and 1 for k. R is orthogonal, so with p = R^T dout and
+c = p · n, one sum over the head serves both gradients:
+
+    dz = g r (p - n c / d),    dgain[head] = Σ_tokens c
+
+Shapes: q (N, H, d), k (N, G, d) raw projections, bfloat16, float16 or float32, channels adjacent, any other strides
+(slices of one fused projection); cos and sin (N, h) or (N, 1, h), 0 <= 2h <= d <= 256, in that dtype or float32; gain
+(H,) likewise, or None. Returns contiguous q' (N, H, d) and k' (N, G, d). Everything in between is float32. float64
+runs on CPU only, in plain PyTorch.
+Must move: forward reads q and k and writes q' and k'; backward reads q, k and both gradients and writes dq and dk. Only
+the inputs are saved. The gain's gradient is summed in a fixed order, without atomics, so it repeats bitwise.
+Replaces: two RMSNorms, two rotary embeddings (three slices, four products and a concatenation each), a product.
+Refuses: other dtypes, channels that are not adjacent, d > 256, cos or sin that ask for a gradient.
+From: modded-nanogpt (normalised queries and keys, half-split rotary); the gain per head is that of the challenge.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NAMESPACE = "niblick"
+EPS = 2.0**-23  # float32's, as torch.nn.functional.rms_norm takes it for 16-bit input too
+# Query heads per program, at most; programs a split of the heads, each of which takes every programs-th step; warps;
+# stages of the pipeline of loads. NVIDIA H200, 2026-11-20.
+LAUNCH = {
+    "forward": {"heads": 4, "programs": 264, "num_warps": 4, "STAGES": 2},
+    "backward": {"heads": 4, "programs": 396, "num_warps": 2, "STAGES": 2},
+}
+
+
+def qk_norm_rope_ref(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    """The specification, in float32 or, for float64 q, in float64."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (t.to(wide).view(len(q), 1, t.shape[-1]) for t in (cos, sin))
+    h = cos.shape[-1]
+
+    def norm_rope(z: Tensor) -> Tensor:
+        n = F.rms_norm(z.to(wide), z.shape[-1:], eps=eps)
+        first, second, rest = n.split((h, h, z.shape[-1] - 2 * h), dim=-1)
+        return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+    scale = 1.0 if gain is None else gain.to(wide)[:, None]
+    return (norm_rope(q) * scale).to(q.dtype), norm_rope(k).to(k.dtype)
+
+
+@triton.jit
+def _head_tile(step, N, HEADS: tl.constexpr, d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    """Head, token and column of a step's tile (heads, tokens, columns), and what of it there is.
+
+    Heads come first so that a thread holds several heads of a token, whose rotation it then loads and unpacks once.
+    """
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None, None]).to(tl.int64)
+    token = step * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None].to(tl.int64)
+    col = tl.arange(0, triton.next_power_of_2(d))[None, None, :]
+    return head, token, col, (head < HEADS) & (token < N) & (col < d)
+
+
+@triton.jit
+def _rotation(cos_ptr, sin_ptr, place, N, h: tl.constexpr):
+    """cos_j in columns j and j + h, 1 beyond; sin_j in column j, -sin_j in column j + h, 0 beyond. (1, tokens, d)"""
+    _, token, col, _ = place
+    cos, sin = 1.0, 0.0
+    if h > 0:
+        # Runs of columns, as long as the power of two in h, stay runs: told so, the compiler makes wide loads of them.
+        run: tl.constexpr = h & -h
+        j = tl.max_contiguous(tl.multiple_of(tl.where(col < h, col, col - h), (1, 1, run)), (1, 1, run))
+        inside = (token < N) & (col < 2 * h)
+        cos = tl.load(cos_ptr + token * h + j, mask=inside, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + token * h + j, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.where(col < h, sin, -sin)
+    return cos, sin
+
+
+@triton.jit
+def _load_heads(ptr, place, stride_token, stride_head, stride_d):
+    head, token, col, here = place
+    offsets = head * stride_head + token * stride_token + col.to(tl.int64) * stride_d
+    return tl.load(ptr + offsets, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_partners(ptr, place, stride_token, stride_head, stride_d, h: tl.constexpr):
+    """Column j + h in column j < h, j in column j + h, 0 beyond: from the cache, where the heads come to anyway."""
+    head, token, col, here = place
+    partners = 0.0
+    if h > 0:
+        run: tl.constexpr = h & -h
+        partner = tl.max_contiguous(tl.multiple_of(tl.where(col < h, col + h, col - h), (1, 1, run)), (1, 1, run))
+        offsets = head * stride_head + token * stride_token + partner.to(tl.int64) * stride_d
+        partners = tl.load(ptr + offsets, mask=here & (col < 2 * h), other=0.0).to(tl.float32)
+    return partners
+
+
+@triton.jit
+def _store_heads(ptr, z, place, HEADS: tl.constexpr, d: tl.constexpr):
+    head, token, col, here = place
+    tl.store(ptr + (token * HEADS + head) * d + col, z.to(ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _rstd(z, d: tl.constexpr, eps: tl.constexpr):
+    return tl.rsqrt(tl.sum(z * z, axis=2) / d + eps)
+
+
+@triton.jit
+def _qk_norm_rope_fwd_kernel(
+    q_ptr,  # (N, H, d)
+    k_ptr,  # (N, G, d)
+    cos_ptr,  # (N, h), contiguous
+    sin_ptr,  # (N, h), contiguous
+    gain_ptr,  # (H,) or None
+    q_out_ptr,  # (N, H, d), contiguous
+    k_out_ptr,  # (N, G, d), contiguous
+    stride_q, stride_q_head, stride_k, stride_k_head, N, steps,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, h: tl.constexpr, eps: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    for step in tl.range(tl.program_id(0), steps, tl.num_programs(0), num_stages=STAGES):
+        at_q, at_k = _head_tile(step, N, H, d, BLOCK_N, BLOCK_H), _head_tile(step, N, G, d, BLOCK_N, BLOCK_G)
+        # All loads before the first store, over which the compiler could not move them.
+        q = _load_heads(q_ptr, at_q, stride_q, stride_q_head, 1)
+        k = _load_heads(k_ptr, at_k, stride_k, stride_k_head, 1)
+        partners_q = _load_partners(q_ptr, at_q, stride_q, stride_q_head, 1, h)
+        partners_k = _load_partners(k_ptr, at_k, stride_k, stride_k_head, 1, h)
+        cos, sin = _rotation(cos_ptr, sin_ptr, at_q, N, h)
+        scale = _rstd(q, d, eps)
+        if gain_ptr is not None:
+            heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+            scale *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None]
+        _store_heads(q_out_ptr, (q * cos + partners_q * sin) * scale[:, :, None], at_q, H, d)
+        _store_heads(k_out_ptr, (k * cos + partners_k * sin) * _rstd(k, d, eps)[:, :, None], at_k, G, d)
+
+
+@triton.jit
+def _through_norm(z, p, d: tl.constexpr, eps: tl.constexpr):
+    """dz / g and c, from z and p = R^T dout."""
+    r = _rstd(z, d, eps)
+    c = r * tl.sum(z * p, axis=2)
+    return r[:, :, None] * (p - (r * c / d)[:, :, None] * z), c
+
+
+@triton.jit
+def _qk_norm_rope_bwd_kernel(
+    dq_out_ptr,  # (N, H, d), any strides
+    dk_out_ptr,  # (N, G, d), any strides
+    q_ptr,  # (N, H, d)
+    k_ptr,  # (N, G, d)
+    cos_ptr,  # (N, h), contiguous
+    sin_ptr,  # (N, h), contiguous
+    gain_ptr,  # (H,) or None
+    dq_ptr,  # (N, H, d), contiguous
+    dk_ptr,  # (N, G, d), contiguous
+    dgain_ptr,  # (programs, H) float32: each program's share, or None
+    stride_dq, stride_dq_head, stride_dq_d, stride_dk, stride_dk_head, stride_dk_d,
+    stride_q, stride_q_head, stride_k, stride_k_head, N, steps,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, h: tl.constexpr, eps: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dgain = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)  # by a token's place in the step; summed over those at the end
+    for step in tl.range(tl.program_id(0), steps, tl.num_programs(0), num_stages=STAGES):
+        at_q, at_k = _head_tile(step, N, H, d, BLOCK_N, BLOCK_H), _head_tile(step, N, G, d, BLOCK_N, BLOCK_G)
+        q = _load_heads(q_ptr, at_q, stride_q, stride_q_head, 1)
+        p_q = _load_heads(dq_out_ptr, at_q, stride_dq, stride_dq_head, stride_dq_d)
+        k = _load_heads(k_ptr, at_k, stride_k, stride_k_head, 1)
+        p_k = _load_heads(dk_out_ptr, at_k, stride_dk, stride_dk_head, stride_dk_d)
+        partners_q = _load_partners(dq_out_ptr, at_q, stride_dq, stride_dq_head, stride_dq_d, h)
+        partners_k = _load_partners(dk_out_ptr, at_k, stride_dk, stride_dk_head, stride_dk_d, h)
+        cos, sin = _rotation(cos_ptr, sin_ptr, at_q, N, h)
+        dq, c = _through_norm(q, p_q * cos - partners_q * sin, d, eps)
+        dk, _ = _through_norm(k, p_k * cos - partners_k * sin, d, eps)
+        if gain_ptr is not None:
+            dq *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None, None]
+            dgain += c
+        _store_heads(dq_ptr, dq, at_q, H, d)
+        _store_heads(dk_ptr, dk, at_k, G, d)
+    if gain_ptr is not None:
+        tl.store(dgain_ptr + tl.program_id(0) * H + heads, tl.sum(dgain, axis=1), mask=heads < H)
+
+
+def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    q_out, k_out = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
+    grid, sizes = _launch("forward", q.is_cuda, *q.shape, k.shape[1], cos.shape[1])
+    _qk_norm_rope_fwd_kernel[grid](
+        q, k, cos, sin, gain, q_out, k_out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), **sizes, eps=eps
+    )
+    return q_out, k_out
+
+
+def _backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and gain, the last without elements if there is no gain."""
+    dq, dk = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
+    grid, sizes = _launch("backward", q.is_cuda, *q.shape, k.shape[1], cos.shape[1])
+    dgain = None if gain is None else torch.empty((grid[0], len(gain)), dtype=torch.float32, device=q.device)
+    _qk_norm_rope_bwd_kernel[grid](
+        dq_out, dk_out, q, k, cos, sin, gain, dq, dk, dgain, *dq_out.stride(), *dk_out.stride(),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), **sizes, eps=eps,
+    )  # fmt: skip
+    return dq, dk, q.new_empty(0) if gain is None else dgain.sum(0).to(gain.dtype)
+
+
+@lru_cache  # it is most of what a launch costs the host
+def _launch(direction: str, cuda: bool, N: int, H: int, d: int, G: int, h: int) -> tuple[tuple[int, int], dict]:
+    launch = LAUNCH[direction]
+    splits = triton.cdiv(H, launch["heads"])
+    # One load of 8 channels a thread and head, so that all tiles of a program lie in its threads alike.
+    block_n = max(1, 256 * launch["num_warps"] // triton.next_power_of_2(d))
+    steps = triton.cdiv(N, block_n)
+    # Two programs are enough to test the loop and the sum over programs in the interpreter.
+    programs = min(steps, launch["programs"] if cuda else 2)
+    block_h, block_g = (triton.next_power_of_2(triton.cdiv(heads, splits)) for heads in (H, G))
+    sizes = {"N": N, "steps": steps, "H": H, "G": G, "d": d, "h": h}
+    blocks = {"BLOCK_N": block_n, "BLOCK_H": block_h, "BLOCK_G": block_g}
+    return (programs, splits), sizes | blocks | {"STAGES": launch["STAGES"], "num_warps": launch["num_warps"]}
+
+
+def _forward_eager(q, k, cos, sin, gain, eps):
+    return qk_norm_rope_ref(q, k, cos, sin, gain, eps=eps)
+
+
+def _backward_eager(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (t.to(wide)[:, None] for t in (cos, sin))
+    h, d = cos.shape[-1], q.shape[-1]
+
+    def through(dout: Tensor, z: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+        first, second, rest = dout.to(wide).split((h, h, d - 2 * h), dim=-1)
+        p = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+        r = torch.rsqrt(z.to(wide).square().mean(-1, keepdim=True) + eps)
+        n = z.to(wide) * r
+        c = (n * p).sum(-1, keepdim=True)
+        return (scale * r * (p - n * c / d)).to(z.dtype), c[..., 0]
+
+    dq, c = through(dq_out, q, 1.0 if gain is None else gain.to(wide)[:, None])
+    dk, _ = through(dk_out, k, 1.0)
+    return dq, dk, q.new_empty(0) if gain is None else c.sum(0).to(gain.dtype)
+
+
+# Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
+INTERPRETED = not isinstance(_qk_norm_rope_fwd_kernel, triton.runtime.JITFunction)
+
+_op = torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope", _forward, mutates_args=(), device_types="cuda")
+_op_backward = torch.library.custom_op(
+    f"{NAMESPACE}::qk_norm_rope_backward", _backward, mutates_args=(), device_types="cuda"
+)
+
+
+@_op.register_kernel("cpu")
+def _forward_cpu(q, *args):
+    return (_forward if INTERPRETED and q.dtype != torch.float64 else _forward_eager)(q, *args)
+
+
+@_op_backward.register_kernel("cpu")
+def _backward_cpu(dq_out, *args):
+    return (_backward if INTERPRETED and dq_out.dtype != torch.float64 else _backward_eager)(dq_out, *args)
+
+
+@_op.register_fake
+def _forward_fake(q, k, cos, sin, gain, eps):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@_op_backward.register_fake
+def _backward_fake(dq_out, dk_out, q, k, cos, sin, gain, eps):
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, dq_out, dk_out):
+    *tensors, gain = ctx.saved_tensors
+    dq, dk, dgain = _op_backward(dq_out, dk_out, *tensors, gain, ctx.eps)
+    return dq, dk, None, None, None if gain is None else dgain, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normalised per head, their first 2h channels rotated, the queries times their head's gain.
+
+    q: (N, H, d), k: (N, G, d), d <= 256, bfloat16, float16 or float32, channels adjacent; float64 on CPU only.
+    cos, sin: (N, h) or (N, 1, h), 0 <= 2h <= d, contiguous, in q's dtype or float32: the angle of channels j and
+    j + h. They get no gradient. gain: (H,), elements adjacent, in q's dtype or float32, or None for 1. eps: > 0.
+    Returns q' (N, H, d) and k' (N, G, d), contiguous, in q's dtype. Differentiable once, in q, k and gain.
+    Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype.
+    """
+    if q.ndim != 3 or k.ndim != 3 or len(q) != len(k) or q.shape[2] != k.shape[2] or 0 in (*q.shape[1:], k.shape[1]):
+        got = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"qk_norm_rope: expected q of shape (N, H, d) and k of shape (N, G, d), got {got}")
+    if q.shape[2] > 256:
+        raise ValueError(f"qk_norm_rope: expected q and k with d <= 256, got {q.shape[2]}")
+    N, H, d = q.shape
+    if cos.shape != sin.shape or cos.shape[:-1] not in ((N,), (N, 1)) or 2 * cos.shape[-1] > d:
+        got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"qk_norm_rope: expected cos and sin of shape ({N}, h) or ({N}, 1, h), 2h <= {d}, got {got}")
+    if gain is not None and gain.shape != (H,):
+        raise ValueError(f"qk_norm_rope: expected gain of shape ({H},), got {tuple(gain.shape)}")
+    if not eps > 0:
+        raise ValueError(f"qk_norm_rope: expected eps > 0, got {eps}")
+    named = {"q": q, "k": k, "cos": cos, "sin": sin} | ({} if gain is None else {"gain": gain})
+    allowed = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (q.device.type == "cpu")
+    for name, tensor in named.items():
+        dtypes = allowed if name == "q" else (q.dtype,)
+        if name not in ("q", "k") and q.dtype != torch.float64:
+            dtypes = (q.dtype, torch.float32)
+        if tensor.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(str(dtype)[6:] for dtype in dtypes))
+            raise TypeError(f"qk_norm_rope: expected {name} in {expected}, got {tensor.dtype} on {tensor.device}")
+        if tensor.device != q.device:
+            raise ValueError(f"qk_norm_rope: expected {name} on {q.device}, got {tensor.device}")
+        if name not in ("cos", "sin") and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"qk_norm_rope: expected {name} with adjacent channels, got strides {tensor.stride()}")
+    if not (cos.is_contiguous() and sin.is_contiguous()):
+        got = f"{cos.stride()} and {sin.stride()}"
+        raise ValueError(f"qk_norm_rope: expected contiguous cos and sin, got strides {got}")
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("qk_norm_rope: expected cos and sin without a gradient, got requires_grad=True")
+    if cos.ndim == 3:
+        cos, sin = cos[:, 0], sin[:, 0]
+    return _op(q, k, cos, sin, gain, float(eps))
+
+
+# --- not needed when lifted ---
+
+SIZES = {  # N, H d, G, d, 2h
+    "odd": (71, 60, 2, 20, 12),
+    "tile": (40, 512, 4, 64, 16),
+    "whole": (9, 96, 3, 32, 32),
+    "none": (1, 16, 1, 16, 0),
+    "record": (98304, 512, 4, 64, 16),
+    "large": (4194400, 512, 1, 64, 16),
+}
+
+
+def qk_norm_rope_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
+    """Head vectors of every length, from one fused projection with values behind them; one is zero, one tiny."""
+    N, D, G, d, rope_dims = size
+    H = D // d
+    generator = torch.Generator(device).manual_seed(seed)
+    length = torch.rand((N, H + 2 * G, 1), generator=generator, device=device) * 4
+    qkv = length * torch.randn((N, H + 2 * G, d), generator=generator, device=device)
+    qkv[-1, 0], qkv[0, H] = 0.0, qkv[0, H] * 1e-3
+    q, k, _ = qkv.to(dtype).split((H, G, G), dim=1)
+    frequencies = 10000.0 ** -torch.linspace(0, 1, rope_dims // 2, device=device)
+    angles = torch.arange(N, device=device)[:, None, None] * frequencies
+    gain = 1.5 + torch.randn(H, generator=generator, device=device)
+    return {
+        "q": q.requires_grad_(),
+        "k": k.requires_grad_(),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "gain": gain.requires_grad_(),
+    }
+
+
+def qk_norm_rope_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+    N, D, G, d, rope_dims = size
+    heads, tables = N * (D + G * d) * dtype.itemsize, N * rope_dims * dtype.itemsize
+    return {
+        "bytes_forward": 2 * heads + tables,
+        "bytes_backward": 3 * heads + tables,
+        "flops_forward": 4 * N * (D + G * d),
+        "flops_backward": 8 * N * (D + G * d),
+    }
+
+
+def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, sizes: dict) -> None:
+    """Print the error against float64 beside eager's and, on a GPU, the speed at the record size."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{fn.__name__}: largest error against float64, of the largest value (eager's), per result")
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in list(sizes.values())[:2]:
+            inputs = make_inputs(size, dtype, device)
+            doubled = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in _floats(inputs).items()}
+            truth = _results(ref, inputs | doubled)
+            ours, eagers = ([_error(r, t) for r, t in zip(_results(f, inputs), truth, strict=True)] for f in (fn, ref))
+            print(f"  {size} {dtype}:", ", ".join(f"{a:.1e} ({b:.1e})" for a, b in zip(ours, eagers, strict=True)))
+    if device == "cpu":
+        print("no GPU here: nothing timed")
+        return
+    inputs, work = make_inputs(sizes["record"], torch.bfloat16, device), cost(sizes["record"], torch.bfloat16)
+    source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
+    roof = 2 * source.numel() / triton.testing.do_bench(source.clone, return_mode="median")
+    leaves = [v for v in _floats(inputs).values() if v.requires_grad]
+    ones = [torch.ones_like(output) for output in _outputs(fn, inputs)]
+    calls = {"forward": lambda: fn(**inputs)}
+    if leaves:
+        calls["forward + backward"] = lambda: torch.autograd.grad(_outputs(fn, inputs), leaves, ones)
+    for directions, call in calls.items():
+        ms = triton.testing.do_bench(call, return_mode="median")
+        moved, flops = (sum(work[f"{what}_{d}"] for d in directions.split(" + ")) / ms for what in ("bytes", "flops"))
+        speed = f"{moved / 1e9:.2f} TB/s ({moved / roof:.0%} of a copy's), {flops / 1e9:.0f} TFLOP/s"
+        print(f"{directions} {sizes['record']}: {ms:.3f} ms, {speed}")
+
+
+def _floats(inputs: dict[str, object]) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _outputs(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
+    outputs = fn(**inputs)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def _results(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
+    outputs, leaves = _outputs(fn, inputs), [v for v in _floats(inputs).values() if v.requires_grad]
+    gradients = torch.autograd.grad(sum(output.sum() for output in outputs), leaves) if leaves else ()
+    return [output.detach() for output in outputs] + list(gradients)
+
+
+def _error(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).abs().max() / truth.abs().max())
+
+
+if __name__ == "__main__":
+    _prove(qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_inputs, qk_norm_rope_cost, SIZES)

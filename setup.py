@@ -29,6 +29,6 @@ setup(
         ],
         "bench": ["pytest-benchmark", "matplotlib", "nvidia-ml-py", "liger-kernel", "cut-cross-entropy"],
         "flash": ["flash-attn-4"],
-        "test": ["pytest", "pytest-xdist", "hypothesis"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "pytest-benchmark", "matplotlib"],
     },
 )

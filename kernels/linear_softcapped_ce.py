@@ -655,6 +655,7 @@ def linear_softcapped_ce(
 SIZES = {  # N, V, D
     "odd": (5, 131, 33),
     "tile": (64, 128, 64),
+    "quarter": (24576, 8192, 512),
     "record": (98304, 8192, 512),
 }
 

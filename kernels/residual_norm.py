@@ -1,0 +1,477 @@
+"""Residual stream and its norm in one pass: a weighted sum of two or three streams, kept together with its RMSNorm.
+
+    u = a x + b y [+ c z],    n = λ r u,    r = 1 / sqrt(mean(u²) + eps)    (a, b, c per channel or 1; λ = norm_scale)
+
+with  G = du + λ r (dn - u r² mean(u dn)):    dx = a G, da = Σ_rows x G,  and likewise for y and b, z and c
+
+n is the norm of u before its rounding to x's dtype, so that no gradient hangs on that rounding. It serves the mixing
+with the embedding (x, y = stream, embedding, both scaled), the scaled addition of a block's output (y alone scaled),
+and with three terms both at once: a block's last addition and the next block's mixing.
+
+Shapes: x, y, z, u, n (N, D), all of one dtype, bfloat16, float16 or float32, channels adjacent, any row stride; scales
+(D,) of x's dtype or float32. Everything in between is float32. float64 runs on CPU only, in plain PyTorch.
+Must move: forward reads the terms and writes u and n; backward reads du, dn and the terms, from which it sums u again,
+and writes each scaled term's gradient, and G once for all terms without a scale. Of a result that nobody used it reads
+no gradient.
+The gradients of the scales are sums over rows in a fixed order, without atomics, so they repeat bitwise.
+Replaces: multiplications and additions, an RMSNorm, its scaling, and as many reductions over rows as there are scales.
+Refuses: other dtypes, streams of different shapes or dtypes, channels that are not adjacent, z_scale without z.
+From: the residual mixing of modded-nanogpt (x0 lambdas) and the layer scales of PR #1855 of the challenge.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NAMESPACE = "niblick"
+# NVIDIA H200, 2026-11-20. A warp holds `elements` of a row. Forward: a program a row, 97 % of a copy; walking over rows
+# takes 8 % longer. Backward: programs that walk over rows, `num_stages` - 1 of them on their way: 5 a multiprocessor
+# and 3 stages reach 94 % of a copy; without stages 89 % (mixing, 12 a multiprocessor) or 92 % (x unscaled, 16).
+LAUNCH = {"forward": {"elements": 512}, "backward": {"elements": 512, "programs": 5 * 132, "num_stages": 3}}
+
+
+def residual_norm_ref(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    z: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    *,
+    norm_scale: float = 1.0,
+    eps: float = 2.0**-23,
+) -> tuple[Tensor, Tensor]:
+    """The specification, in float32 or, for float64 x, in float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    terms = ((t, s) for t, s in ((x, x_scale), (y, y_scale), (z, z_scale)) if t is not None)
+    u = sum(t.to(wide) if s is None else t.to(wide) * s.to(wide) for t, s in terms)
+    n = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps) * norm_scale
+    return u.to(x.dtype), n.to(x.dtype)
+
+
+@triton.jit
+def _load(ptr, row, cols, stride, stride_col, D: tl.constexpr):
+    columns = cols.to(tl.int64) * stride_col
+    return tl.load(ptr + row * stride + columns, mask=cols < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scale(scale_ptr, cols, D: tl.constexpr):
+    """A channel scale, or 1."""
+    if scale_ptr is None:
+        return 1.0
+    else:
+        return tl.load(scale_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _residual_norm_fwd_kernel(
+    x_ptr,  # (N, D); y and z likewise, z may be missing
+    y_ptr,
+    z_ptr,
+    x_scale_ptr,  # (D,) or missing; so the others
+    y_scale_ptr,
+    z_scale_ptr,
+    u_ptr,  # (N, D), contiguous
+    n_ptr,  # (N, D), contiguous
+    stride_x,
+    stride_y,
+    stride_z,
+    norm_scale,
+    eps: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    u = _load(x_ptr, row, cols, stride_x, 1, D) * _scale(x_scale_ptr, cols, D)
+    u += _load(y_ptr, row, cols, stride_y, 1, D) * _scale(y_scale_ptr, cols, D)
+    if z_ptr is not None:
+        u += _load(z_ptr, row, cols, stride_z, 1, D) * _scale(z_scale_ptr, cols, D)
+    n = u * (norm_scale / tl.sqrt(tl.sum(u * u) / D + eps))
+    tl.store(u_ptr + row * D + cols, u.to(u_ptr.dtype.element_ty), mask=cols < D)
+    tl.store(n_ptr + row * D + cols, n.to(n_ptr.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def _residual_norm_bwd_kernel(
+    du_ptr,  # (N, D), any strides, or missing; dn likewise
+    dn_ptr,
+    x_ptr,  # (N, D); z may be missing, and without dn so may be a term that has no scale
+    y_ptr,
+    z_ptr,
+    x_scale_ptr,
+    y_scale_ptr,
+    z_scale_ptr,
+    g_ptr,  # (N, D), contiguous: the gradient of every term without a scale; missing if all have one
+    dx_ptr,  # (N, D), contiguous: x's gradient if it has a scale; y and z likewise
+    dy_ptr,
+    dz_ptr,
+    shares_ptr,  # (scales, n_programs, D) float32: each program's share of the scales' gradients
+    stride_du,
+    stride_du_col,
+    stride_dn,
+    stride_dn_col,
+    stride_x,
+    stride_y,
+    stride_z,
+    N,
+    norm_scale,
+    eps: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < D
+    zeros = tl.zeros((BLOCK_D,), tl.float32)
+    x, y, z = zeros, zeros, zeros
+    x_share, y_share, z_share = zeros, zeros, zeros
+    x_scale, y_scale, z_scale = _scale(x_scale_ptr, cols, D), _scale(y_scale_ptr, cols, D), _scale(z_scale_ptr, cols, D)
+    for row in tl.range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0), num_stages=STAGES):
+        if x_ptr is not None:
+            x = _load(x_ptr, row, cols, stride_x, 1, D)
+        if y_ptr is not None:
+            y = _load(y_ptr, row, cols, stride_y, 1, D)
+        if z_ptr is not None:
+            z = _load(z_ptr, row, cols, stride_z, 1, D)
+        g = zeros
+        if du_ptr is not None:
+            g = _load(du_ptr, row, cols, stride_du, stride_du_col, D)
+        if dn_ptr is not None:
+            dn = _load(dn_ptr, row, cols, stride_dn, stride_dn_col, D)
+            u = x * x_scale + y * y_scale
+            if z_ptr is not None:
+                u += z * z_scale
+            rstd = 1.0 / tl.sqrt(tl.sum(u * u) / D + eps)
+            g += norm_scale * rstd * (dn - u * (rstd * rstd * (tl.sum(u * dn) / D)))
+
+        if g_ptr is not None:
+            tl.store(g_ptr + row * D + cols, g.to(g_ptr.dtype.element_ty), mask=inside)
+        if x_scale_ptr is not None:
+            tl.store(dx_ptr + row * D + cols, (g * x_scale).to(dx_ptr.dtype.element_ty), mask=inside)
+            x_share += g * x
+        if y_scale_ptr is not None:
+            tl.store(dy_ptr + row * D + cols, (g * y_scale).to(dy_ptr.dtype.element_ty), mask=inside)
+            y_share += g * y
+        if z_scale_ptr is not None:
+            tl.store(dz_ptr + row * D + cols, (g * z_scale).to(dz_ptr.dtype.element_ty), mask=inside)
+            z_share += g * z
+
+    share_ptr = shares_ptr + tl.program_id(0).to(tl.int64) * D + cols
+    step = tl.num_programs(0).to(tl.int64) * D
+    if x_scale_ptr is not None:
+        tl.store(share_ptr, x_share, mask=inside)
+        share_ptr += step
+    if y_scale_ptr is not None:
+        tl.store(share_ptr, y_share, mask=inside)
+        share_ptr += step
+    if z_scale_ptr is not None:
+        tl.store(share_ptr, z_share, mask=inside)
+
+
+@triton.jit
+def _sum_shares_kernel(
+    shares_ptr,  # (scales, n_shares, D) float32
+    total_ptr,  # (scales, D) float32
+    n_shares,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    scale = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, n_shares, BLOCK_N):
+        rows = (first + tl.arange(0, BLOCK_N))[:, None]
+        here = (rows < n_shares) & (cols < D)
+        total += tl.load(shares_ptr + (scale * n_shares + rows) * D + cols, mask=here, other=0.0)
+    tl.store(total_ptr + scale * D + cols, tl.sum(total, axis=0)[None, :], mask=cols < D)
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor | None,
+    y_scale: Tensor | None,
+    z: Tensor | None,
+    z_scale: Tensor | None,
+    norm_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    u, n = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _residual_norm_fwd_kernel[(len(x),)](
+        x, y, z, x_scale, y_scale, z_scale, u, n, *_row_strides(x, y, z), norm_scale, eps, **_blocks("forward", x)
+    )
+    return u, n
+
+
+def _backward(
+    du: Tensor | None,
+    dn: Tensor | None,
+    terms: list[Tensor | None],
+    scales: list[Tensor | None],
+    norm_scale: float,
+    eps: float,
+) -> list[Tensor]:
+    """[G, if a term has no scale] + [gradient of each term that has one] + [(scales, D) float32, the scales']."""
+    x, z = terms[0], terms[2]
+    (N, D), n_scales = x.shape, sum(s is not None for s in scales)
+    wanted = (n_scales < 2 + (z is not None), *(s is not None for s in scales))
+    grads = [torch.empty((N, D), dtype=x.dtype, device=x.device) if want else None for want in wanted]
+    if dn is None:
+        terms = [t if s is not None else None for t, s in zip(terms, scales, strict=True)]
+    # The interpreter's two programs walk over several rows each even in a test.
+    n_programs = max(1, min(N, 2 if INTERPRETED else LAUNCH["backward"]["programs"]))
+    shares = torch.empty((n_scales, n_programs, D), dtype=torch.float32, device=x.device)
+    dscales = torch.empty((n_scales, D), dtype=torch.float32, device=x.device)
+    strides = [stride for t in (du, dn) for stride in ((0, 0) if t is None else t.stride())]
+    _residual_norm_bwd_kernel[(n_programs,)](
+        du, dn, *terms, *scales, *grads, shares, *strides, *_row_strides(*terms), N, norm_scale, eps,
+        STAGES=LAUNCH["backward"]["num_stages"], **_blocks("backward", x),
+    )  # fmt: skip
+    if n_scales:
+        _sum_shares_kernel[(triton.cdiv(D, 8), n_scales)](shares, dscales, n_programs, D, 256, 8)
+    return [t for t in grads if t is not None] + [dscales]
+
+
+def _row_strides(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.stride(0) for t in tensors]
+
+
+def _blocks(direction: str, x: Tensor) -> dict[str, int]:
+    D, block_d = x.shape[1], triton.next_power_of_2(x.shape[1])
+    return {"D": D, "BLOCK_D": block_d, "num_warps": min(8, max(1, block_d // LAUNCH[direction]["elements"]))}
+
+
+def _backward_eager(
+    du: Tensor | None,
+    dn: Tensor | None,
+    terms: list[Tensor | None],
+    scales: list[Tensor | None],
+    norm_scale: float,
+    eps: float,
+) -> list[Tensor]:
+    dtype, wide = terms[0].dtype, torch.promote_types(terms[0].dtype, torch.float32)
+    pairs = [
+        (t.to(wide), None if s is None else s.to(wide)) for t, s in zip(terms, scales, strict=True) if t is not None
+    ]
+    g = torch.zeros_like(pairs[0][0]) if du is None else du.to(wide)
+    if dn is not None:
+        u = sum(t if s is None else t * s for t, s in pairs)
+        rstd = torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+        dn = dn.to(wide)
+        g = g + norm_scale * rstd * (dn - u * rstd.square() * (u * dn).mean(-1, keepdim=True))
+    scaled = [(t, s) for t, s in pairs if s is not None]
+    grads = ([g] if len(scaled) < len(pairs) else []) + [g * s for _, s in scaled]
+    dscales = [(g * t).sum(0) for t, _ in scaled]
+    fresh = [torch.empty(t.shape, dtype=dtype).copy_(t) for t in grads]  # contiguous, and never du itself
+    return [*fresh, torch.stack(dscales) if scaled else g.new_empty(0, g.shape[1])]
+
+
+# Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
+INTERPRETED = not isinstance(_residual_norm_fwd_kernel, triton.runtime.JITFunction)
+
+_op = torch.library.custom_op(f"{NAMESPACE}::residual_norm", _forward, mutates_args=(), device_types="cuda")
+_op_backward = torch.library.custom_op(
+    f"{NAMESPACE}::residual_norm_backward", _backward, mutates_args=(), device_types="cuda"
+)
+
+
+@_op.register_kernel("cpu")
+def _forward_cpu(x, *args):
+    if INTERPRETED and x.dtype != torch.float64:
+        return _forward(x, *args)
+    *tensors, norm_scale, eps = args
+    return residual_norm_ref(x, *tensors, norm_scale=norm_scale, eps=eps)
+
+
+@_op_backward.register_kernel("cpu")
+def _backward_cpu(du, dn, terms, *args):
+    narrow = INTERPRETED and terms[0].dtype != torch.float64
+    return (_backward if narrow else _backward_eager)(du, dn, terms, *args)
+
+
+@_op.register_fake
+def _forward_fake(x, *args):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_op_backward.register_fake
+def _backward_fake(du, dn, terms, scales, norm_scale, eps):
+    x, n_scales, n_terms = terms[0], sum(s is not None for s in scales), sum(t is not None for t in terms)
+    grads = [x.new_empty(x.shape) for _ in range((n_scales < n_terms) + n_scales)]
+    return [*grads, x.new_empty((n_scales, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))]
+
+
+def _setup_context(ctx, inputs, output):
+    x, y, x_scale, y_scale, z, z_scale, ctx.norm_scale, ctx.eps = inputs
+    ctx.save_for_backward(x, y, z, x_scale, y_scale, z_scale)
+    ctx.set_materialize_grads(False)  # a result that nobody used: None instead of zeros to write and read
+
+
+def _autograd(ctx, du, dn):
+    if du is None and dn is None:
+        return (None,) * 8
+    terms, scales = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    *grads, dscales = _op_backward(du, dn, terms, scales, ctx.norm_scale, ctx.eps)
+    present = [s is not None for t, s in zip(terms, scales, strict=True) if t is not None]
+    g = None if all(present) else grads.pop(0)
+    dterms = [None if t is None else g if s is None else grads.pop(0) for t, s in zip(terms, scales, strict=True)]
+    rows = iter(dscales.unbind(0))
+    dx_scale, dy_scale, dz_scale = (None if s is None else next(rows).to(s.dtype) for s in scales)
+    return dterms[0], dterms[1], dx_scale, dy_scale, dterms[2], dz_scale, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def residual_norm(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    z: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    *,
+    norm_scale: float = 1.0,
+    eps: float = 2.0**-23,
+) -> tuple[Tensor, Tensor]:
+    """u = x_scale x + y_scale y [+ z_scale z], and n = norm_scale u / sqrt(mean(u²) + eps).
+
+    x, y, z: (N, D) bfloat16, float16 or float32, all alike, channels adjacent; float64 on CPU only. z may be None.
+    x_scale, y_scale, z_scale: (D,) per channel, in x's dtype or float32, elements adjacent; None is 1.
+    norm_scale, eps: numbers, eps >= 0.
+    Returns (u, n), each (N, D) in x's dtype. Differentiable once, in all of the tensors, from either result or both.
+    Raises ValueError for a shape, layout, device or eps, TypeError for a dtype.
+    """
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"residual_norm: expected x of shape (N, D), got {tuple(x.shape)}")
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (x.device.type == "cpu")
+    if x.dtype not in dtypes:
+        expected = ", ".join(str(dtype)[6:] for dtype in dtypes)
+        raise TypeError(f"residual_norm: expected x in one of {expected}, got {x.dtype} on {x.device}")
+    if z is None and z_scale is not None:
+        raise ValueError("residual_norm: expected no z_scale without z")
+    for name, t in (("x", x), ("y", y), ("z", z)):
+        if t is None and name == "z":
+            continue
+        if t.shape != x.shape:
+            raise ValueError(f"residual_norm: expected {name} of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"residual_norm: expected {name} in {x.dtype} like x, got {t.dtype}")
+        if t.stride(1) != 1 and t.shape[1] > 1:
+            raise ValueError(f"residual_norm: expected {name} with adjacent channels, got strides {t.stride()}")
+        if t.device != x.device:
+            raise ValueError(f"residual_norm: expected {name} on {x.device}, got {t.device}")
+    for name, s in (("x_scale", x_scale), ("y_scale", y_scale), ("z_scale", z_scale)):
+        if s is None:
+            continue
+        if s.shape != x.shape[1:]:
+            raise ValueError(f"residual_norm: expected {name} of shape ({x.shape[1]},), got {tuple(s.shape)}")
+        if s.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+            raise TypeError(f"residual_norm: expected {name} in {x.dtype} or float32, got {s.dtype}")
+        if s.stride(0) != 1 and len(s) > 1:
+            raise ValueError(f"residual_norm: expected {name} with adjacent elements, got stride {s.stride(0)}")
+        if s.device != x.device:
+            raise ValueError(f"residual_norm: expected {name} on {x.device}, got {s.device}")
+    if not eps >= 0:
+        raise ValueError(f"residual_norm: expected eps >= 0, got {eps}")
+    return _op(x, y, x_scale, y_scale, z, z_scale, float(norm_scale), float(eps))
+
+
+# --- not needed when lifted ---
+
+# (N, D, how many of the terms have a scale): 1 is x + scale y, 2 is a mixing, 3 is a mixing of three streams.
+SIZES = {
+    "odd": (13, 83, 2),
+    "add": (10, 128, 1),
+    "three": (7, 257, 3),
+    "record": (98304, 512, 2),
+    "large": (4194400, 512, 1),
+}
+
+
+def residual_norm_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
+    """Streams of different sizes, scales around one, one row of zeros."""
+    N, D, n_scales = size
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, around: float, wide: bool = False) -> Tensor:
+        t = around + torch.randn(shape, generator=generator, device=device) / 2
+        if not wide:
+            t[N // 2] = 0.0
+        return t.to(torch.float32 if wide else dtype).requires_grad_()
+
+    inputs = {"x": draw(N, D, around=0.0), "y": draw(N, D, around=0.5), "y_scale": draw(D, around=1.0, wide=True)}
+    if n_scales > 1:
+        inputs["x_scale"] = draw(D, around=1.0, wide=True)
+    if n_scales > 2:
+        inputs |= {"z": draw(N, D, around=-1.0), "z_scale": draw(D, around=0.5, wide=True)}
+    return inputs | {"norm_scale": 0.6}
+
+
+def residual_norm_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+    N, D, n_scales = size
+    stream, terms = N * D * dtype.itemsize, max(2, n_scales)
+    return {
+        "bytes_forward": (terms + 2) * stream,
+        "bytes_backward": (2 + 2 * terms) * stream,
+        "flops_forward": (n_scales + terms + 3) * N * D,
+        "flops_backward": (3 * n_scales + terms + 9) * N * D,
+    }
+
+
+def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, sizes: dict) -> None:
+    """Print the error against float64 beside eager's and, on a GPU, the speed at the record size."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{fn.__name__}: largest error against float64, of the largest value (eager's), per result")
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in list(sizes.values())[:2]:
+            inputs = make_inputs(size, dtype, device)
+            doubled = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in _floats(inputs).items()}
+            truth = _results(ref, inputs | doubled)
+            ours, eagers = ([_error(r, t) for r, t in zip(_results(f, inputs), truth, strict=True)] for f in (fn, ref))
+            print(f"  {size} {dtype}:", ", ".join(f"{a:.1e} ({b:.1e})" for a, b in zip(ours, eagers, strict=True)))
+    if device == "cpu":
+        print("no GPU here: nothing timed")
+        return
+    inputs, work = make_inputs(sizes["record"], torch.bfloat16, device), cost(sizes["record"], torch.bfloat16)
+    source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
+    roof = 2 * source.numel() / triton.testing.do_bench(source.clone, return_mode="median")
+    leaves = [v for v in _floats(inputs).values() if v.requires_grad]
+    ones = [torch.ones_like(output) for output in _outputs(fn, inputs)]
+    calls = {"forward": lambda: fn(**inputs)}
+    if leaves:
+        calls["forward + backward"] = lambda: torch.autograd.grad(_outputs(fn, inputs), leaves, ones)
+    for directions, call in calls.items():
+        ms = triton.testing.do_bench(call, return_mode="median")
+        moved, flops = (sum(work[f"{what}_{d}"] for d in directions.split(" + ")) / ms for what in ("bytes", "flops"))
+        speed = f"{moved / 1e9:.2f} TB/s ({moved / roof:.0%} of a copy's), {flops / 1e9:.0f} TFLOP/s"
+        print(f"{directions} {sizes['record']}: {ms:.3f} ms, {speed}")
+
+
+def _floats(inputs: dict[str, object]) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _outputs(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
+    outputs = fn(**inputs)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def _results(fn: Callable, inputs: dict[str, object]) -> list[Tensor]:
+    outputs, leaves = _outputs(fn, inputs), [v for v in _floats(inputs).values() if v.requires_grad]
+    gradients = torch.autograd.grad(sum(output.sum() for output in outputs), leaves) if leaves else ()
+    return [output.detach() for output in outputs] + list(gradients)
+
+
+def _error(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).abs().max() / truth.abs().max())
+
+
+if __name__ == "__main__":
+    _prove(residual_norm, residual_norm_ref, residual_norm_inputs, residual_norm_cost, SIZES)

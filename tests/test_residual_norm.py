@@ -1,0 +1,154 @@
+"""Edge cases of kernels/residual_norm.py, and the faults its contract must reject."""
+
+import math
+
+import numerics
+import pytest
+import torch
+from torch import Tensor
+
+from niblick.kernels.residual_norm import residual_norm, residual_norm_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+FAULTS = [
+    ("stride_y, 1, D) * _scale(y_scale_ptr, cols, D)\n", "stride_y, 1, D)\n"),  # a scale forgotten
+    ("u += _load(z_ptr, row", "u = _load(z_ptr, row"),  # the third term alone
+    ("n = u * (norm_scale / tl.sqrt", "n = u * (1.0 / tl.sqrt"),  # no scale of the norm
+    ("n = u * (norm_scale / tl.sqrt(tl.sum(u * u) / D + eps))", "n = u * (norm_scale / tl.sqrt(tl.sum(u * u) / D))"),
+    ("(norm_scale / tl.sqrt(tl.sum(u * u) / D", "(norm_scale / tl.sqrt(tl.sum(u * u) / BLOCK_D"),
+    ("tl.store(u_ptr + row * D + cols, u.to", "tl.store(u_ptr + row * D + cols, n.to"),
+    ("g += norm_scale * rstd * (dn", "g = norm_scale * rstd * (dn"),  # gradient of u lost
+    ("g += norm_scale * rstd * (dn", "g += rstd * (dn"),
+    ("- u * (rstd * rstd * (tl.sum(u * dn) / D)))", ")"),  # rstd taken as a constant
+    ("(rstd * rstd * (tl.sum(u * dn) / D))", "(rstd * (tl.sum(u * dn) / D))"),
+    ("u += z * z_scale", "u += z"),
+    ("(g * x_scale).to", "g.to"),  # dx without its scale
+    ("y_share += g * y", "y_share = g * y"),  # only the last row
+    ("x_share += g * x", "x_share += g * y"),
+    ("z_share += g * z", "z_share += tl.where(row < N - 1, g * z, 0.0)"),  # last row left out
+    ("(first + tl.arange(0, BLOCK_N))", "(first + 1 + tl.arange(0, BLOCK_N))"),  # share of the first program lost
+    ("+ columns, mask=cols < D, other", "+ columns, mask=cols < D - 1, other"),  # last channel
+    ("u.to(u_ptr.dtype.element_ty), mask=cols < D)", "u.to(u_ptr.dtype.element_ty), mask=cols < D - 1)"),
+    ("columns = cols.to(tl.int64) * stride_col", "columns = cols.to(tl.int64)"),  # gradients read as if contiguous
+    ("return x.new_empty(x.shape), x.new_empty(x.shape)\n", "return x.new_empty(x.shape), x.new_empty(x.shape[:1])\n"),
+]
+
+CHOICES = [  # which of the terms there are, x first, and which of them have a scale
+    ("--", ""),
+    ("s-", ""),
+    ("-s", ""),
+    ("ss", ""),
+    ("--", "-"),
+    ("ss", "s"),
+    ("-s", "s"),
+    ("s-", "-"),
+]
+
+
+def arguments(
+    N: int, D: int, terms: str, dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    scale_dtype = scale_dtype or torch.promote_types(dtype, torch.float32)
+    tensors = {}
+    for name, scaled in zip("xyz", terms, strict=False):
+        tensors[name] = torch.randn(N, D, generator=generator).to(DEVICE, dtype).requires_grad_()
+        if scaled == "s":
+            scale = 1 + torch.randn(D, generator=generator) / 2
+            tensors[f"{name}_scale"] = scale.to(DEVICE, scale_dtype).requires_grad_()
+    return tensors
+
+
+def results(fn, tensors: dict[str, Tensor], used: str = "un", norm_scale: float = 0.6) -> dict[str, Tensor]:
+    u, n = fn(**tensors, norm_scale=norm_scale)
+    outputs = [t for name, t in (("u", u), ("n", n)) if name in used]
+    angles = torch.arange(u.numel()).view_as(u)
+    cotangents = [torch.cos(angles + i).bfloat16().to(t) for i, t in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), cotangents)
+    return {"u": u.detach(), "n": n.detach()} | dict(zip(tensors, gradients, strict=True))
+
+
+def assert_as_reference(tensors: dict[str, Tensor], used: str = "un") -> None:
+    got, eager = results(residual_norm, tensors, used), results(residual_norm_ref, tensors, used)
+    doubled = {key: value.detach().double().requires_grad_() for key, value in tensors.items()}
+    f64 = results(residual_norm_ref, doubled, used)
+    for key in got:
+        numerics.assert_matches_f64(key, got[key], eager[key], f64[key])
+
+
+def test_by_hand() -> None:
+    """Mean square 25 and 100: n is u over its root mean square, times norm_scale."""
+    x = torch.tensor([[1.0, 1.0], [10.0, 10.0]], device=DEVICE)
+    y = torch.tensor([[3.0, 2.0], [2.0, -10.0]], device=DEVICE)
+    scale = torch.tensor([2.0, 2.0], device=DEVICE)
+    u, n = residual_norm(x, y, y_scale=scale, norm_scale=0.5)
+    assert u.tolist() == [[7.0, 5.0], [14.0, -10.0]]
+    u, n = residual_norm(x, y, scale, z=-y, norm_scale=0.5, eps=0.0)
+    assert u.tolist() == [[2.0, 2.0], [20.0, 20.0]] and n.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("used", ["un", "u", "n"])
+@pytest.mark.parametrize("terms", ["".join(choice) for choice in CHOICES])
+def test_any_terms_and_scales(terms: str, used: str) -> None:
+    assert_as_reference(arguments(11, 24, terms), used)
+
+
+@pytest.mark.parametrize(("N", "D"), [(1, 1), (3, 2), (2, 768), (9, 512), (50, 83)])
+def test_any_shape(N: int, D: int) -> None:
+    assert_as_reference(arguments(N, D, "-s", torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_the_streams_type(dtype: torch.dtype) -> None:
+    assert_as_reference(arguments(40, 32, "sss", dtype, dtype))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="float64 is refused on a GPU")
+@pytest.mark.parametrize("terms", ["--", "ss-", "-ss"])
+def test_float64_is_the_reference_itself(terms: str) -> None:
+    tensors = arguments(30, 16, terms, torch.float64)
+    got, want = results(residual_norm, tensors), results(residual_norm_ref, tensors)
+    for key in want:
+        numerics.assert_same_f64(key, got[key], want[key])
+
+
+def test_a_row_of_zeros_and_no_rows() -> None:
+    tensors = {key: torch.zeros_like(value).requires_grad_() for key, value in arguments(2, 8, "ss").items()}
+    assert not residual_norm(**tensors)[1].any()
+    assert_as_reference(tensors)
+    empty = results(residual_norm, arguments(0, 16, "s-s"))
+    assert empty["u"].shape == empty["n"].shape == empty["z"].shape == (0, 16)
+    assert empty["x_scale"].tolist() == [0.0] * 16
+
+
+def test_one_tensor_twice() -> None:
+    """x as x and as y: both shares of its gradient arrive."""
+    x = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    u, _ = residual_norm(x, x)
+    assert torch.autograd.grad(u.sum(), x)[0].tolist() == [[2.0] * 8] * 4
+
+
+REFUSED = {
+    "one dimension": ({"x": torch.zeros(16)}, ValueError, r"x of shape \(N, D\), got \(16,\)"),
+    "no channels": ({"x": torch.zeros(4, 0)}, ValueError, r"got \(4, 0\)"),
+    "another shape": ({"y": torch.zeros(1, 16)}, ValueError, r"y of shape \(4, 16\), got \(1, 16\)"),
+    "another type": ({"y": torch.zeros(4, 16).half()}, TypeError, "y in torch.float32 like x, got torch.float16"),
+    "integers": ({"x": torch.zeros(4, 16, dtype=torch.int32)}, TypeError, "x in one of .*, got torch.int32"),
+    "channels apart": ({"z": torch.zeros(16, 4).t()}, ValueError, r"z with adjacent channels, got strides \(1, 4\)"),
+    "elsewhere": ({"y": torch.zeros(4, 16, device="meta")}, ValueError, "y on cpu, got meta"),
+    "one scale for all": ({"x_scale": torch.ones(1)}, ValueError, r"x_scale of shape \(16,\), got \(1,\)"),
+    "a wide scale": ({"y_scale": torch.ones(16).double()}, TypeError, "y_scale in .* got torch.float64"),
+    "elements apart": ({"y_scale": torch.ones(32)[::2]}, ValueError, "y_scale with adjacent elements, got stride 2"),
+    "scale elsewhere": ({"x_scale": torch.ones(16, device="meta")}, ValueError, "x_scale on cpu, got meta"),
+    "scale of nothing": ({"z_scale": torch.ones(16)}, ValueError, "no z_scale without z"),
+    "negative eps": ({"eps": -1.0}, ValueError, "eps >= 0, got -1.0"),
+    "eps of no value": ({"eps": math.nan}, ValueError, "eps >= 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case: str) -> None:
+    change, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        residual_norm(**{"x": torch.zeros(4, 16), "y": torch.zeros(4, 16), **change})

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from niblick.data.bits_per_byte import bits_per_byte
@@ -25,9 +24,9 @@ from niblick.data.loaders import document_starts, row_starts
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.windows import Window
 from niblick.kernels.ngram_tilt import ngram_tilt
+from niblick.kernels.softcapped_ce import softcapped_ce
 from niblick.model.config import ConfigError, GPTConfig
 from niblick.model.gpt import GPT
-from niblick.model.layers import asymmetric_softcap
 
 LOGITS_BYTES = 1 << 28
 """Logits are made for so many rows at a time: 256 MiB are 16,384 rows of 8192 in bf16, enough to fill any card."""
@@ -120,8 +119,7 @@ def token_nll(model: GPT, packed: Packed, tokens: np.ndarray, hints: Hints | Non
 def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, hints: Tensor, betas: Tensor) -> Tensor:
     logits = model.head(hidden)
     if model.config.asymmetric_softcap:
-        capped = asymmetric_softcap(logits, model.softcap_positive, model.softcap_negative)
-        return F.cross_entropy(capped, targets, reduction="none")
+        return softcapped_ce(logits, targets, *model.softcaps, reduction="none")
     return ngram_tilt(logits, targets, hints, betas, model.config.softcap)
 
 

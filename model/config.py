@@ -7,6 +7,7 @@ in seconds, learning rates per step. Presets (`model/presets.py`) are difference
 from dataclasses import dataclass, field
 from typing import Literal
 
+Impl = Literal["kernel", "reference"]
 Method = Literal["plain", "sliding"]
 Tail = Literal["keep", "drop"]
 
@@ -87,8 +88,15 @@ class GPTConfig:
     """Training only: MLP activations of tokens at or above this quantile of norms are zeroed; 0 is off."""
 
     attention: Literal["auto", "fa4", "fa3", "fa2", "torch", "plain"] = "auto"
-    ce: Literal["kernel", "reference"] = "kernel"
-    smear_impl: Literal["kernel", "reference"] = "kernel"
+
+    # niblick's kernel or plain PyTorch, which torch.compile may fuse: a field an operation, so an ablation is a preset.
+    loss_impl: Literal["fused", "kernel", "reference"] = "fused"
+    """`fused`: head and loss together, the logits never kept whole; `kernel`: the loss alone."""
+    embed_impl: Impl = "kernel"
+    residual_impl: Impl = "kernel"
+    qk_impl: Impl = "kernel"
+    xsa_impl: Impl = "kernel"
+    mlp_impl: Impl = "kernel"
 
     @property
     def head_dim(self) -> int:
@@ -135,8 +143,8 @@ class GPTConfig:
             f"model.norm_dropout_quantile must be in [0, 1): got {self.norm_dropout_quantile}",
         )
         _require(
-            not (self.asymmetric_softcap and self.ce == "kernel"),
-            "model.asymmetric_softcap needs model.ce reference: the kernel has one cap",
+            not (self.asymmetric_softcap and self.loss_impl == "fused"),
+            "model.asymmetric_softcap needs model.loss_impl kernel or reference: the fused head has one cap",
         )
         _require(
             max(self.smear_window, self.gate_window) <= self.model_dim,
@@ -159,6 +167,7 @@ class OptimConfig:
     momentum_warmup_steps: int = 1500
     momentum_bf16: bool = True
     newton_schulz: Literal["polar_express", "quintic"] = "polar_express"
+    newton_schulz_impl: Impl = "kernel"
     row_normalize: bool = True
     normuon: Literal["none", "rows", "adaptive"] = "none"
     """`rows`: stateless row normalisation after Newton-Schulz; `adaptive`: the published second-moment form."""

@@ -16,20 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from niblick.kernels.int6_linear import int6_linear
-from niblick.kernels.smear_gate import smear_gate, smear_gate_ref
+from niblick.kernels.linear_softcapped_ce import linear_softcapped_ce
 from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.attention import Attend, attend_plain
 from niblick.model.config import ConfigError, GPTConfig
-from niblick.model.layers import (
-    Rotary,
-    asymmetric_softcap,
-    channel_smear,
-    drop_largest_norms,
-    exclude_self,
-    leaky_relu_squared,
-    rms_norm,
-)
+from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, rms_norm
+from niblick.model.ops import choose_ops
 
+MAX_GATE_WINDOW = 64  # channels that xsa_gate multiplies by itself; wider gates are a GEMM beforehand
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
@@ -91,6 +85,7 @@ class GPT(nn.Module):
         self._create_parameters(torch.float64 if dtype == torch.float64 else torch.float32)
         self._initialize(torch.Generator().manual_seed(seed))
         self.rotary = Rotary(config)
+        self.ops = choose_ops(config)
         self.orders = {looping: execution_order(config, looping) for looping in (False, True)}
 
     def _create_parameters(self, master: torch.dtype) -> None:
@@ -154,12 +149,18 @@ class GPT(nn.Module):
         return F.linear(hidden, self.embedding)
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        logits = self.head(hidden)
+        c = self.config
+        if c.loss_impl == "fused" and reduction == "mean":  # a gradient a token is beyond it: it sums dW on the way
+            return linear_softcapped_ce(hidden, self.embedding, targets, c.softcap)
+        ce = softcapped_ce_ref if c.loss_impl == "reference" else softcapped_ce
+        return ce(self.head(hidden), targets, *self.softcaps, reduction=reduction)
+
+    @property
+    def softcaps(self) -> tuple[float] | tuple[Tensor, Tensor]:
+        """The cap of the logits, or the learned ones for positive and for negative logits."""
         if self.config.asymmetric_softcap:
-            capped = asymmetric_softcap(logits, self.softcap_positive, self.softcap_negative)
-            return F.cross_entropy(capped, targets, reduction=reduction)
-        ce = softcapped_ce if self.config.ce == "kernel" else softcapped_ce_ref
-        return ce(logits, targets, self.config.softcap, reduction=reduction)
+            return self.softcap_positive, self.softcap_negative
+        return (self.config.softcap,)
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
         """The stream after the final norm, (N, D)."""
@@ -185,11 +186,8 @@ class GPT(nn.Module):
 
     def _input(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         c = self.config
-        x = F.embedding(ids, self.embedding)
-        if c.smear == "window":
-            smear = smear_gate if c.smear_impl == "kernel" else smear_gate_ref
-            x = smear(x, self.smear_weight, self.smear_scale, ids, c.bos_id if c.smear_bos_mask else None)
-        x = rms_norm(x)
+        gate = (self.smear_weight, self.smear_scale) if c.smear == "window" else (None, None)
+        x = self.ops.embed(ids, self.embedding, *gate, c.bos_id if c.smear_bos_mask else None)
         if c.smear == "channel":
             x = channel_smear(x, self.smear_channel, cu_seqlens)
         return x
@@ -203,23 +201,19 @@ class GPT(nn.Module):
     def _block(self, layer: int, a: Tensor, b: Tensor | None, x0: Tensor, table, cu_seqlens: Tensor, weights):
         """One layer on the stream a, or on lanes a and b (attention reads a, the MLP reads b)."""
         c = self.config
-        norm_scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
-        mix = self.resid_mix[layer].to(a.dtype)
-        u = mix[0] * a + mix[1] * x0
-        n = rms_norm(u) * norm_scale
-        attn = self.attn_scale[layer].to(a.dtype) * self._attention(layer, n, table, cu_seqlens, weights)
-
-        def mlp(x: Tensor) -> Tensor:
-            return self.mlp_scale[layer].to(x.dtype) * self._mlp(layer, rms_norm(x) * norm_scale, weights)
-
+        scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
+        attn_scale, mlp_scale = self.attn_scale[layer], self.mlp_scale[layer]
+        u, n = self.ops.residual(a, x0, self.resid_mix[layer, 0], self.resid_mix[layer, 1], norm_scale=scale)
+        attn = self._attention(layer, n, table, cu_seqlens, weights)
+        if b is None and not (c.parallel == "single" and layer >= c.parallel_start):
+            y, n = self.ops.residual(u, attn, None, attn_scale, norm_scale=scale)
+            return _add(y, mlp_scale, self._mlp(layer, n, weights)), None
         if b is None:
-            if c.parallel == "single" and layer >= c.parallel_start:
-                return u + attn + self.mlp_scale[layer].to(a.dtype) * self._mlp(layer, n, weights), None
-            y = u + attn
-            return y + mlp(y), None
+            return _add(_add(u, attn_scale, attn), mlp_scale, self._mlp(layer, n, weights)), None
+        attn = attn_scale.to(a.dtype) * attn
+        m = mlp_scale.to(b.dtype) * self._mlp(layer, rms_norm(b) * scale, weights)
         if c.parallel == "two_lane":
-            return u + attn, b + mlp(b)
-        m = mlp(b)
+            return u + attn, b + m
         resid, post = self.lane_resid[layer].to(a.dtype), self.lane_post[layer].to(a.dtype)
         return (
             resid[0] * a + post[0, 0] * attn + post[1, 0] * m,
@@ -236,35 +230,35 @@ class GPT(nn.Module):
     def _attention(self, layer: int, n: Tensor, table, cu_seqlens: Tensor, weights) -> Tensor:
         c, N = self.config, n.shape[0]
         q_raw = _linear(n, weights["q"][layer])
-        v = _linear(n, weights["v"][layer]).view(N, c.num_kv_heads, c.head_dim)
-        q = self.rotary.rotate(rms_norm(q_raw.view(N, c.num_heads, c.head_dim)), table)
-        k = self.rotary.rotate(rms_norm(_linear(n, weights["k"][layer]).view(v.shape)), table)
-        q = q * self.q_gain[layer].to(q.dtype)[:, None]
+        k = _linear(n, weights["k"][layer]).view(N, c.num_kv_heads, c.head_dim)
+        v = _linear(n, weights["v"][layer]).view(k.shape)
+        q, k = self.ops.qk(q_raw.view(N, c.num_heads, c.head_dim), k, *table, self.q_gain[layer])
         y = self.attend(q, k, v, cu_seqlens, c.max_segment)
-        if layer >= c.num_layers - c.xsa_last_layers:
-            y = exclude_self(y, v)
-        if c.gate != "none":
-            y = y * self._gate(layer, n if c.gate_input == "hidden" else q_raw)[:, :, None]
-        return _linear(y.to(n.dtype).reshape(N, c.model_dim), weights["o"][layer])
+        y = self._exclude_and_gate(layer, y, v, n if c.gate_input == "hidden" else q_raw)
+        return _linear(y.reshape(N, c.model_dim), weights["o"][layer])
 
-    def _gate(self, layer: int, x: Tensor) -> Tensor:
-        """The head gates (N, H)."""
+    def _exclude_and_gate(self, layer: int, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """XSA where this layer has it, and the head gates, which x (N, D) opens."""
         c = self.config
-        weight = self.gate_weight[layer].to(x.dtype)
-        z = F.linear(x[:, : weight.shape[1]], weight)
-        if c.gate == "output":
-            return 2 * torch.sigmoid(z)
-        if c.gate == "sparse":
-            return torch.sigmoid(c.gate_scale * z)
+        value = v if layer >= c.num_layers - c.xsa_last_layers else None
+        if c.gate == "none":
+            return y if value is None else self.ops.xsa(y, value)
+        weight = self.gate_weight[layer]
+        scale, amplitude = (c.gate_scale if c.gate == "sparse" else 1.0), (2.0 if c.gate == "output" else 1.0)
+        if weight.shape[1] <= MAX_GATE_WINDOW and c.gate != "dense_bias":
+            return self.ops.xsa(y, value, x[:, : weight.shape[1]], weight, scale, amplitude=amplitude)
+        logits = F.linear(x[:, : weight.shape[1]], weight.to(x.dtype))
         if c.gate == "dense_bias":
-            z = z + self.gate_bias[layer].to(x.dtype)
-        return torch.sigmoid(z)
+            logits = logits + self.gate_bias[layer].to(x.dtype)
+        return self.ops.xsa(y, value, gate_scale=scale, gate_logits=logits, amplitude=amplitude)
 
     def _mlp(self, layer: int, n: Tensor, weights) -> Tensor:
-        h = leaky_relu_squared(_linear(n, weights["up"][layer]), self.config.leaky_slope)
-        if self.training and self.config.norm_dropout_quantile:
-            h = drop_largest_norms(h, self.config.norm_dropout_quantile)
-        return _linear(h, weights["down"][layer])
+        c, up, down = self.config, weights["up"][layer], weights["down"][layer]
+        dropout = self.training and c.norm_dropout_quantile
+        if not dropout and not isinstance(up, PackedMatrix) and not isinstance(down, PackedMatrix):
+            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype), c.leaky_slope)
+        h = leaky_relu_squared(_linear(n, up), c.leaky_slope)
+        return _linear(drop_largest_norms(h, c.norm_dropout_quantile) if dropout else h, down)
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -287,6 +281,10 @@ class GPT(nn.Module):
             raise ConfigError(f"expected one packed matrix for each of a bank in {BANKS}: got {bank}, {len(matrices)}")
         self.packed[bank] = matrices
         delattr(self, bank)
+
+
+def _add(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    return x + scale.to(x.dtype) * y
 
 
 def _linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:

@@ -47,11 +47,6 @@ class Rotary(nn.Module):
         angles = (positions[:, None] * self.frequencies.to(wide))[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def rotate(self, z: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = table
-        first, second, rest = z.split((self.half, self.half, z.shape[-1] - 2 * self.half), dim=-1)
-        return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
-
 
 def segment_start(positions: Tensor, cu_seqlens: Tensor) -> Tensor:
     """For each stream position (N,) the first position of its segment; trailing empty segments are harmless."""
@@ -64,13 +59,6 @@ def channel_smear(x: Tensor, theta: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts = segment_start(positions, cu_seqlens) == positions
     previous = torch.where(starts[:, None], 0.0, x.roll(1, 0)).to(x.dtype)
     return torch.lerp(x, previous, torch.sigmoid(theta.to(x.dtype)))
-
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y (N, H, d) loses its component along the unit value of its own token, v (N, G, d). Wide arithmetic."""
-    unit = F.normalize(widen(v), dim=-1, eps=1e-12)[:, :, None]
-    grouped = widen(y).unflatten(1, (v.shape[1], -1))
-    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(1, 2)
 
 
 def leaky_relu_squared(h: Tensor, slope: float) -> Tensor:
@@ -86,10 +74,3 @@ def drop_largest_norms(h: Tensor, quantile: float) -> Tensor:
     ordered = norms.sort().values[low : low + 2]
     threshold = torch.lerp(ordered[0], ordered[-1], place - low)
     return torch.where((norms >= threshold)[:, None], 0.0, h).to(h.dtype)
-
-
-def asymmetric_softcap(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """c₊ tanh(z / c₊) for z > 0 and c₋ tanh(z / c₋) otherwise, in wide arithmetic (PR #1923)."""
-    z = widen(logits)
-    cap = torch.where(z > 0, positive.to(z.dtype), negative.to(z.dtype))
-    return cap * torch.tanh(z / cap)

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from niblick.kernels.newton_schulz import newton_schulz, newton_schulz_ref
 from niblick.model.config import OptimConfig
 from niblick.model.gpt import BANKS, GPT
 
@@ -19,20 +20,6 @@ POLAR_EXPRESS = (
 )
 
 COEFFICIENTS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
-
-
-def newton_schulz(g: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """Approximate U V^T of each matrix of g (B, m, n) by the odd polynomials a X + b (X X^T) X + c (X X^T)² X.
-
-    Works on the side with fewer rows; the arithmetic is that of g's dtype (bf16 on a GPU, as published).
-    """
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
 
 
 def normalize_rows(x: Tensor, floor: float) -> Tensor:
@@ -81,7 +68,8 @@ class Muon:
         update = gradient.add(buffer, alpha=momentum)
         if c.row_normalize:
             update = normalize_rows(update, 1e-7)
-        update = newton_schulz(update.to(half), COEFFICIENTS[c.newton_schulz])
+        orthogonal = newton_schulz if c.newton_schulz_impl == "kernel" else newton_schulz_ref
+        update = orthogonal(update.to(half), COEFFICIENTS[c.newton_schulz])
         if c.normuon == "rows":
             update = normalize_rows(update, 1e-8)
         if c.normuon == "adaptive":

@@ -38,7 +38,6 @@ PR1514 = replace(
         gate="none",
         attention_span="rows",
         rope_positions_bf16=True,
-        ce="reference",
         parallel="single",
         parallel_start=7,
     ),

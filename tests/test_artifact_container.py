@@ -11,6 +11,7 @@ import brotli
 import numpy as np
 import pytest
 import torch
+from configs import REFERENCE
 from numerics import SCORE_NATS
 
 from niblick.artifact.container import (
@@ -33,7 +34,7 @@ from niblick.model.gpt import GPT
 CONFIG = GPTConfig(
     vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128, max_segment=8,
     xsa_last_layers=4, loop_start=1, loop_end=2, loop_extra_passes=1, parallel_start=3, qk_gain_init=1.0 / 3,
-    smear_impl="reference", ce="reference",
+    **REFERENCE,
 )  # fmt: skip
 CPU = torch.device("cpu")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from configs import REFERENCE
 
 from niblick.artifact.container import read_container, write_artifact
 from niblick.artifact.ledger import byte_ledger, entropy_bytes, source_files, table_rows
@@ -17,7 +18,7 @@ from niblick.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
 CONFIG = GPTConfig(vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128,
-                   xsa_last_layers=4, loop_start=1, loop_end=2, parallel_start=3)  # fmt: skip
+                   xsa_last_layers=4, loop_start=1, loop_end=2, parallel_start=3, **REFERENCE)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

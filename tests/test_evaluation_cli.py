@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configs import REFERENCE
 from numerics import SCORE_NATS
 
 from niblick.artifact.container import write_artifact
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 V = 300
 CONFIG = GPTConfig(
     vocab_size=V, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=128, max_segment=16,
-    loop_start=1, loop_end=1, parallel_start=2, smear_impl="reference",
+    loop_start=1, loop_end=1, parallel_start=2, **REFERENCE,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from configs import REFERENCE
 from numerics import SCORE_NATS
 
 from niblick.evaluation.hints import Hints
@@ -16,7 +17,7 @@ from niblick.model.gpt import GPT
 DOCUMENTS = GPTConfig(
     vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=256, max_segment=8,
     xsa_last_layers=4, loop_start=1, loop_end=2, loop_extra_passes=1, parallel_start=3, norm_dropout_quantile=0.9,
-    smear_impl="reference", ce="reference",
+    **REFERENCE,
 )  # fmt: skip
 ROWS = replace(DOCUMENTS, attention_span="rows", smear="channel", rope_positions_bf16=True)
 CONFIGS = {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import KERNELS, REFERENCE
 from numerics import MODEL_F64, SCORE_NATS, assert_close_f32, assert_same_f64
 from reference_gpt import (
     cross_entropy,
@@ -46,8 +47,7 @@ SMALL = dict(
     loop_end=2,
     loop_extra_passes=2,
     parallel_start=3,
-    ce="reference",
-    smear_impl="reference",
+    **REFERENCE,
 )
 BASE = GPTConfig(**SMALL)
 
@@ -287,14 +287,28 @@ def test_segments() -> None:
 
 @pytest.mark.parametrize("config, looping", CASES)
 def test_losses_and_gradients(config: GPTConfig, looping: bool) -> None:
+    """With every operation's reference, and with every kernel (in float64: its eager implementation)."""
+    ids, targets = stream(config)
+    want = run_reference(config, ids, targets, looping)
+    for choice in (config, replace(config, **KERNELS)):
+        model = product(choice, random_parameters(choice))
+        assert_same(run_product(model, ids, targets, looping), want)
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "kernel", "reference"])
+def test_training_loss_is_the_mean_of_token_losses(loss_impl: str) -> None:
+    config = small(loss_impl=loss_impl)
     ids, targets = stream(config)
     model = product(config, random_parameters(config))
-    assert_same(run_product(model, ids, targets, looping), run_reference(config, ids, targets, looping))
+    loss = model(ids, targets, boundaries(ids, config), True)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    want = run_reference(config, ids, targets, True)
+    assert_same((loss, dict(zip(want[1], gradients, strict=True))), (want[0].mean(), want[1]))
 
 
 @pytest.mark.parametrize("bos_mask", [True, False])
 def test_kernels_in_float32(bos_mask: bool) -> None:
-    config = small(smear_bos_mask=bos_mask, ce="kernel", smear_impl="kernel")
+    config = small(smear_bos_mask=bos_mask, **KERNELS)
     ids, targets = stream(config)
     losses, gradients = run_product(product(config, random_parameters(config), torch.float32), ids, targets, True)
     want = run_reference(config, ids, targets, True)
@@ -444,7 +458,7 @@ def test_exclusive_attention_silences_first_tokens(xsa: bool) -> None:
 )
 def test_size_and_first_loss_of_presets(preset: str, count: int) -> None:
     """Output projections start at zero, so the first loss is that of softcap(norm(x⁰) Eᵀ), near ln 8192 = 9.011."""
-    config = replace(PRESETS[preset].model, ce="reference", smear_impl="reference")
+    config = replace(PRESETS[preset].model, **REFERENCE)
     model = GPT(config, seed=42, dtype=torch.float32).eval()
     assert sum(p.numel() for p in model.parameters()) == count
     ids = torch.randint(2, config.vocab_size, (64,), generator=torch.Generator().manual_seed(3))

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import REFERENCE
 from numerics import assert_close_f32, assert_same_f64
 
+from niblick.kernels.newton_schulz import newton_schulz
 from niblick.model.config import OptimConfig, ScheduleConfig
 from niblick.model.gpt import BANKS, GPT
 from niblick.model.optim import (
@@ -15,7 +17,6 @@ from niblick.model.optim import (
     Muon,
     Optimizers,
     adaptive_rescale,
-    newton_schulz,
     normalize_rows,
 )
 from niblick.model.presets import PRESETS
@@ -34,6 +35,7 @@ SMALL = replace(
     parallel_start=3,
     smear_window=8,
     gate_window=8,
+    **REFERENCE,
 )
 
 

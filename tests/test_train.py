@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configs import REFERENCE
 from numerics import assert_close_f32
 from safetensors.torch import load_file
 
@@ -23,16 +24,16 @@ from niblick.model.config import ConfigError
 from niblick.model.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
-PIECES = 300
+PIECES, HELD_OUT = 300, 150
 SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 128 --model.num-heads 2
     --model.num-kv-heads 1 --model.mlp-hidden 128 --model.loop-start 1 --model.loop-end 1 --model.parallel-start 2
     --model.max-segment 64 --batch.tokens-per-step 256 --batch.tokens-per-micro-step 256
-    --evaluation.sequence-length 64 --data.max-val-tokens 500 --run.device cpu --schedule.budget-s 3600""".split()
+    --evaluation.sequence-length 64 --data.max-val-tokens {HELD_OUT} --run.device cpu --schedule.budget-s 3600""".split()
 
 
-PLAIN = "--model.ce reference --model.smear-impl reference".split()
-"""Hundreds of steps of interpreted Triton kernels would take minutes; their own tests and two runs here use them."""
-KERNELS = "--model.ce kernel --model.smear-impl kernel".split()
+FIELDS = [*(f"--model.{name.replace('_', '-')}" for name in REFERENCE), "--optim.newton-schulz-impl"]
+PLAIN = [word for field in FIELDS for word in (field, "reference")]
+"""Hundreds of steps of interpreted Triton kernels would take minutes; they have tests of their own."""
 
 
 def load_script(name: str):
@@ -70,8 +71,9 @@ def train(corpus: Path, tmp_path: Path, capsys):
 
 
 def prepared_folder(corpus: Path) -> Path:
-    """The one prepared folder that holds what a run was given: 500 held-out tokens."""
-    folders = [p.parent for p in (corpus.parent / "cache").glob("*/niblick_val_*.bin") if p.stat().st_size == 2024]
+    """The one prepared folder that holds what a run was given: HELD_OUT held-out tokens."""
+    size = HEADER_BYTES + 2 * HELD_OUT
+    folders = [p.parent for p in (corpus.parent / "cache").glob("*/niblick_val_*.bin") if p.stat().st_size == size]
     assert len(folders) == 1, folders
     return folders[0]
 
@@ -139,7 +141,7 @@ def test_a_fresh_run_moves_the_checkpoint_of_another_aside(train, tmp_path: Path
 
 
 def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
-    train("--schedule.max-steps", "2", *KERNELS)
+    train("--schedule.max-steps", "2")
     prepared = prepared_folder(corpus)
     words = [
         str(tmp_path / "out/artifact.nbk"),

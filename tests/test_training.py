@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def preset(micro_steps: int = 1, **changes) -> Preset:
     base = Preset(
         model=SMALL,
-        optim=OptimConfig(grad_clip=0.01),
+        optim=OptimConfig(grad_clip=0.01, newton_schulz_impl="reference"),
         schedule=ScheduleConfig(budget_s=1e6, max_steps=4, loop_at=0.0, warmup_steps=2),
         batch=BatchConfig(tokens_per_step=64 * micro_steps, tokens_per_micro_step=64),
     )
@@ -64,7 +64,7 @@ def copy(state: dict) -> dict:
 
 @pytest.mark.parametrize("where", ["micro", "global"])
 def test_gradient_is_the_mean_of_clipped_or_the_clip_of_the_mean(shard: Path, where: str) -> None:
-    p = preset(3, optim=OptimConfig(grad_clip=0.01, clip=where))
+    p = preset(3, optim=OptimConfig(grad_clip=0.01, clip=where, newton_schulz_impl="reference"))
     t = trainer(p)
     with loader(shard) as batches:
         got, _ = t._gradients(batches, looping=True)
@@ -258,7 +258,7 @@ def test_one_full_graph_a_loop_mode_serves_any_number_of_documents(shard: Path, 
 
 
 def test_average_takes_in_the_weights_after_the_step(shard: Path) -> None:
-    t = trainer(preset(optim=OptimConfig(ema_decay=0.75)))
+    t = trainer(preset(optim=OptimConfig(ema_decay=0.75, newton_schulz_impl="reference")))
     before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
     with loader(shard) as batches:
         t.step(batches, factor=1.0, momentum=0.9, looping=True)

@@ -1,26 +1,32 @@
 """Linear layer on packed six-bit weights: y = (x q^T) scale, with q integers in [-31, 31] and one scale an output row.
 
-    forward   y[m, n] = scale[n] sum_k x[m, k] q[n, k]         backward   dx[m, k] = sum_n dy[m, n] scale[n] q[n, k]
+    forward   y[m, n] = scale[n] sum_k x[m, k] q[n, k]  (+ sum_r B[n, r] sum_k A[r, k] x[m, k], with lowrank = (A, B))
+    backward  dx[m, k] = sum_n dy[m, n] scale[n] q[n, k]  (+ sum_r A[r, k] sum_n B[n, r] dy[m, n])
 
-Layout. Stored are u = q + 32 in [1, 63]. Each row is cut into groups of 128 columns, a group into quarters of 32:
-k = 128 g + 32 j + t. A group takes 96 bytes, three planes of 32 (one sector of memory each). Plane j holds quarter j in
-its low six bits, and two bits of the fourth quarter above them:
+Layout. Stored are u = q + 32 in [1, 63]. A row of K weights is cut into eight strips of E = K/8 columns, k = E j + i.
+Six strips fill the low six bits of the bytes of three planes of E 16-bit elements; the last two lie in the bytes' two
+high bits, two bits in each plane:
 
-    packed[n, 96 g + 32 j + t] = u_j[t] + 64 ((u_3[t] >> 2 j) mod 4),   j = 0, 1, 2
+    plane_p[n, i], byte h = u_{2p+h}[i] + 64 ((u_{6+h}[i] >> 2 p) mod 4),   p = 0, 1, 2,  h = 0, 1;   plane_p at 2 E p
 
-so three weights of four come out with one mask, all loads are of whole aligned bytes, and a quarter is one tl.dot with
-the matching 32 columns of x: nothing is permuted in registers.
+So an element holds the same column of two strips, neighbours in memory are neighbours in k, and two weights lie in the
+halves of a register as a tensor core wants them: a mask, an OR into the mantissa of 128 (bfloat16; 1024 in float16) and
+a subtraction make both, exactly and without a conversion. 1.9 instructions a weight were counted, 2.2 with all loads.
 
-x (..., K) bfloat16, float16 or float32, K a multiple of 128; packed (N, 3K/4) uint8; scale (N,) float16 or float32.
-Returns (..., N) in x's dtype. Products are accumulated in float32 (q is exact in all three dtypes) and the scale is
-applied once, after the sum. Up to SMALL_M rows of x the weights are never unpacked to memory; above, where arithmetic
-outweighs their bytes, they are dequantised once into x's dtype, N K elements of scratch, for the ordinary GEMM.
+x (..., K) bfloat16, float16 or float32, K a multiple of 128; packed (N, 3K/4) uint8; scale (N,) float16 or float32; A
+(R, K) and B (N, R), R <= 64, in x's dtype. Returns (..., N) in x's dtype. Products are accumulated in float32 (q is
+exact in all three dtypes); the scale is applied once, after the sum. Up to SMALL_M rows of x the weights are never
+unpacked to memory: the sum over k is split among programs, whose shares a second kernel adds in a fixed order, so that
+results repeat bitwise; that kernel also adds the low-rank term, from x A^T, a small GEMM. Above, where arithmetic
+outweighs their bytes, one kernel dequantises the weights into x's dtype, N K elements of scratch, for the ordinary
+GEMM; so does the backward.
 
 Must move: 3/4 byte a weight, x and y once. Replaces a dequantised copy of the weights (2 bytes each) and F.linear.
-Refuses: gradients of packed and scale (weights are frozen; the one of x is there for adapters trained around them), K
-that is not a multiple of 128, and an x that is not contiguous.
+Refuses: gradients of packed, scale and lowrank (weights are frozen; the one of x is there for adapters trained around
+them), K that is not a multiple of 128, and an x that is not contiguous.
 
-Source: own layout; segments of two and four bits are the idea of FP6-LLM (Xia et al. 2024), planes that of torchao.
+Source: own layout; segments of two and four bits are the idea of FP6-LLM (Xia et al. 2024), planes that of torchao, the
+OR into a mantissa that of FasterTransformer (Kim et al. 2022); the low-rank term is LQER (Zhang et al. 2024).
 """
 
 from collections.abc import Callable
@@ -32,10 +38,18 @@ import triton.language as tl
 from torch import Tensor
 
 NAMESPACE = "niblick"
-GROUP, QUARTER = 128, 32
-SMALL_M = 64  # rows of x up to which the weights stay packed
-# 16 rows are the smallest tl.dot; with them sm_80, sm_90 and sm_100 all use mma.sync.m16n8k16. Not tuned on any card.
-LAUNCH = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
+GROUP = 128  # K is a multiple of it: a strip is then at least one tl.dot deep
+SMALL_M = 128  # rows of x up to which the weights stay packed
+MAX_RANK = 64
+# By rows of x: output columns, elements of a strip and pipeline stages of a program, its warps; how many programs to
+# aim at by splitting k, and the fewest turns of a loop to leave each. 64 elements are the 128 bytes of a cache line; at
+# 64 rows a second program on each multiprocessor counts for more. NVIDIA H200, 2026-11-20.
+LAUNCH = {
+    8: {"BLOCK_N": 32, "BLOCK_I": 64, "STAGES": 3, "num_warps": 2, "programs": 512, "turns": 4},
+    16: {"BLOCK_N": 64, "BLOCK_I": 64, "STAGES": 3, "num_warps": 4, "programs": 256, "turns": 2},
+    32: {"BLOCK_N": 64, "BLOCK_I": 64, "STAGES": 2, "num_warps": 4, "programs": 256, "turns": 2},
+    64: {"BLOCK_N": 128, "BLOCK_I": 32, "STAGES": 2, "num_warps": 8, "programs": 256, "turns": 2},
+}
 
 
 def int6_pack(q: Tensor) -> Tensor:
@@ -52,9 +66,9 @@ def int6_pack(q: Tensor) -> Tensor:
         n, k = outside.nonzero()[0].tolist()
         raise ValueError(f"int6_pack: q must be in [-31, 31], got {q[n, k].item()} at index ({n}, {k})")
     N, K = q.shape
-    u0, u1, u2, u3 = (q + 32).to(torch.uint8).view(N, K // GROUP, 4, QUARTER).unbind(2)
-    planes = [u0 | (u3 & 3) << 6, u1 | (u3 >> 2 & 3) << 6, u2 | (u3 >> 4) << 6]
-    return torch.stack(planes, dim=2).view(N, 3 * K // 4)
+    u = (q + 32).to(torch.uint8).view(N, 4, 2, K // 8)  # (N, p, h, i)
+    planes = torch.stack([u[:, p] | (u[:, 3] >> 2 * p & 3) << 6 for p in range(3)], dim=1)
+    return planes.mT.reshape(N, 3 * K // 4)
 
 
 def int6_unpack(packed: Tensor) -> Tensor:
@@ -63,17 +77,17 @@ def int6_unpack(packed: Tensor) -> Tensor:
     Raises: TypeError for a dtype, ValueError for a shape or stride.
     """
     _check_packed("int6_unpack", packed)
-    N, groups = packed.shape[0], packed.shape[1] // (3 * QUARTER)
-    p0, p1, p2 = packed.view(N, groups, 3, QUARTER).unbind(2)
-    u3 = p0 >> 6 | p1 >> 6 << 2 | p2 >> 6 << 4
-    u = torch.stack([p0 & 63, p1 & 63, p2 & 63, u3], dim=2)
-    return u.view(N, groups * GROUP).to(torch.int8) - 32
+    N, E = packed.shape[0], packed.shape[1] // 6
+    planes = packed.view(N, 3, E, 2).mT
+    last = planes[:, 0] >> 6 | planes[:, 1] >> 6 << 2 | planes[:, 2] >> 6 << 4
+    u = torch.cat([planes & 63, last[:, None]], dim=1)
+    return u.view(N, 8 * E).to(torch.int8) - 32
 
 
 def _check_packed(caller: str, packed: Tensor) -> None:
     if packed.dtype != torch.uint8:
         raise TypeError(f"{caller}: packed must be torch.uint8, got {packed.dtype}")
-    if packed.ndim != 2 or packed.shape[1] == 0 or packed.shape[1] % (3 * QUARTER):
+    if packed.ndim != 2 or packed.shape[1] == 0 or packed.shape[1] % (3 * GROUP // 4):
         raise ValueError(
             f"{caller}: packed must be (N, 3K/4) with K a positive multiple of {GROUP}, got {tuple(packed.shape)}"
         )
@@ -81,99 +95,259 @@ def _check_packed(caller: str, packed: Tensor) -> None:
         raise ValueError(f"{caller}: packed must be contiguous, got strides {packed.stride()}")
 
 
-def _dequantise(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantise_eager(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) weights q scale, multiplied in at least float32 and rounded once."""
     wide = torch.promote_types(scale.dtype, torch.float32)
     return (int6_unpack(packed) * scale.to(wide)[:, None]).to(dtype)
 
 
-def int6_linear_ref(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def int6_linear_ref(x: Tensor, packed: Tensor, scale: Tensor, lowrank: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The formula above in plain PyTorch, in the dtype of x, float64 included."""
-    return F.linear(x, _dequantise(packed, scale, x.dtype))
+    y = F.linear(x, _dequantise_eager(packed, scale, x.dtype))
+    if lowrank is not None:
+        a, b = (t.to(x.dtype) for t in lowrank)
+        y = y + F.linear(F.linear(x, a), b)
+    return y
 
 
 @triton.jit
-def _dot_quarter(acc, x_ptrs, x_mask, u, OPERAND: tl.constexpr):
-    x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32).to(OPERAND)  # (BLOCK_M, 32)
-    q = (u - 32).to(tl.float32).to(OPERAND)  # (32, BLOCK_N)
-    return tl.dot(x, q, acc, input_precision="ieee")
+def _fourth(p0, p1, p2, ASM: tl.constexpr):
+    """The last two strips' u, from the high bits of the three planes."""
+    if ASM is not None:
+        return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [p0, p1, p2], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        return ((p0 >> 6) & 0x0303) | ((p1 >> 4) & 0x0C0C) | ((p2 >> 2) & 0x3030)
+
+
+@triton.jit
+def _weights(v, HIGH: tl.constexpr, OPERAND: tl.constexpr, ASM: tl.constexpr):
+    """q of the low bytes, or of the high ones."""
+    if ASM is not None:
+        bits = tl.inline_asm_elementwise(ASM, "=r,r", [v], dtype=tl.int16, is_pure=True, pack=2)
+        return bits.to(OPERAND, bitcast=True)
+    else:
+        return (((v >> 8 if HIGH else v) & 63) - 32).to(tl.float32).to(OPERAND)
 
 
 @triton.jit
 def _int6_linear_kernel(
     x_ptr,  # (M, K)
-    packed_ptr,  # (N, 3K/4)
+    packed_ptr,  # (N, 3K/8) int16
+    shares_ptr,  # (SPLITS, M, N) float32: sums over a part of k
+    M,
+    N,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ASM_LOW: tl.constexpr,
+    ASM_HIGH: tl.constexpr,
+    ASM_FOURTH: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The weights are the left operand: they stay in registers, and few rows of x cost little. All is transposed, then.
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    E: tl.constexpr = K // 8
+    TURNS: tl.constexpr = (E + BLOCK_I * SPLITS - 1) // (BLOCK_I * SPLITS)
+    EVEN: tl.constexpr = E % (BLOCK_I * SPLITS) == 0
+    split = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    i = tl.program_id(1) * (TURNS * BLOCK_I) + tl.arange(0, BLOCK_I)
+    x_ptrs = x_ptr + m * K + i[:, None]
+    x_mask = m < M
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    packed_ptrs = packed_ptr + tl.minimum(n, N - 1) * (3 * E) + i[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for turn in tl.range(0, TURNS, num_stages=STAGES):
+        if EVEN:
+            p0 = tl.load(packed_ptrs)
+            p1 = tl.load(packed_ptrs + E)
+            p2 = tl.load(packed_ptrs + 2 * E)
+            mask = x_mask
+        else:
+            inside = i + turn * BLOCK_I < E
+            p0 = tl.load(packed_ptrs, mask=inside[None, :], other=0)
+            p1 = tl.load(packed_ptrs + E, mask=inside[None, :], other=0)
+            p2 = tl.load(packed_ptrs + 2 * E, mask=inside[None, :], other=0)
+            mask = x_mask & inside[:, None]
+        p3 = _fourth(p0, p1, p2, ASM_FOURTH)
+        for j in tl.static_range(8):
+            v = p0 if j < 2 else (p1 if j < 4 else (p2 if j < 6 else p3))
+            q = _weights(v, j % 2 == 1, OPERAND, ASM_HIGH if j % 2 else ASM_LOW)
+            x = tl.load(x_ptrs + j * E, mask=mask, other=0.0).to(OPERAND)
+            if OPERAND == tl.float32:  # in pieces: one long chain of roundings would be the largest error
+                acc += tl.dot(q, x, input_precision="ieee")
+            else:
+                acc = tl.dot(q, x, acc)
+        packed_ptrs += BLOCK_I
+        x_ptrs += BLOCK_I
+    tl.store(shares_ptr + (split * M + m) * N + n, acc, mask=x_mask & (n < N))
+
+
+@triton.jit
+def _add_splits_kernel(
+    shares_ptr,  # (SPLITS, M, N)
+    t_ptr,  # (M, RANK): x A^T
+    b_ptr,  # (N, RANK)
     scale_ptr,  # (N,)
     y_ptr,  # (M, N)
     M,
     N,
-    K: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.arange(0, 32)
-    x_mask = m[:, None] < M
-    n_mask = n < N
-    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * K + t[None, :]
-    packed_ptrs = packed_ptr + n.to(tl.int64)[None, :] * (K // 4 * 3) + t[:, None]
-
+    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (m < M) & (n < N)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, K, 128):
-        p0 = tl.load(packed_ptrs, mask=n_mask[None, :], other=0).to(tl.int32)
-        p1 = tl.load(packed_ptrs + 32, mask=n_mask[None, :], other=0).to(tl.int32)
-        p2 = tl.load(packed_ptrs + 64, mask=n_mask[None, :], other=0).to(tl.int32)
-        u3 = (p0 >> 6) | ((p1 >> 6) << 2) | ((p2 >> 6) << 4)
-        acc = _dot_quarter(acc, x_ptrs, x_mask, p0 & 63, OPERAND)
-        acc = _dot_quarter(acc, x_ptrs + 32, x_mask, p1 & 63, OPERAND)
-        acc = _dot_quarter(acc, x_ptrs + 64, x_mask, p2 & 63, OPERAND)
-        acc = _dot_quarter(acc, x_ptrs + 96, x_mask, u3, OPERAND)
-        x_ptrs += 128
-        packed_ptrs += 96
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(shares_ptr + (split * M + m) * N + n, mask=mask, other=0.0)
+    acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if RANK > 0:
+        r = tl.arange(0, BLOCK_R)
+        t = tl.load(t_ptr + m * RANK + r[None, :], mask=(m < M) & (r[None, :] < RANK), other=0.0).to(OPERAND)
+        b = tl.load(b_ptr + n * RANK + r[:, None], mask=(n < N) & (r[:, None] < RANK), other=0.0).to(OPERAND)
+        acc = tl.dot(t, b, acc, input_precision="ieee")
+    tl.store(y_ptr + m * N + n, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
-    scale = tl.load(scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_ptrs, (acc * scale[None, :]).to(y_ptr.dtype.element_ty), mask=x_mask & n_mask[None, :])
+
+@triton.jit
+def _dequantise_kernel(packed_ptr, scale_ptr, w_ptr, E, BLOCK_I: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    scale = tl.load(scale_ptr + n).to(tl.float32)
+    p0 = tl.load(packed_ptr + n * (3 * E) + i, mask=i < E, other=0)
+    p1 = tl.load(packed_ptr + n * (3 * E) + i + E, mask=i < E, other=0)
+    p2 = tl.load(packed_ptr + n * (3 * E) + i + 2 * E, mask=i < E, other=0)
+    p3 = _fourth(p0, p1, p2, None)
+    for j in tl.static_range(8):
+        v = p0 if j < 2 else (p1 if j < 4 else (p2 if j < 6 else p3))
+        w = _weights(v, j % 2 == 1, tl.float32, None) * scale
+        tl.store(w_ptr + n * (8 * E) + j * E + i, w.to(w_ptr.dtype.element_ty), mask=i < E)
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
 INTERPRETED = not isinstance(_int6_linear_kernel, triton.runtime.JITFunction)
 _OPERAND = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
+# What the compiler does not find by itself: both halves of a register at once. 0xEA is (a & b) | c.
+_FOURTH = """{ .reg .b32 a, b, c; shr.b32 a, $1, 6; shr.b32 b, $2, 4; shr.b32 c, $3, 2; and.b32 a, a, 0x03030303;
+lop3.b32 a, b, 0x0C0C0C0C, a, 0xEA; lop3.b32 $0, c, 0x30303030, a, 0xEA; }"""
+_BOTH = """{{ .reg .b32 u, one, less; mov.b32 one, {one}; mov.b32 less, {less}; {shift}
+lop3.b32 u, {source}, 0x003F003F, {magic}, 0xEA; fma.rn.{kind} $0, u, one, less; }}"""
 
-def _forward(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+
+def _asm(dtype: torch.dtype) -> tuple[str | None, ...]:
+    """Assembly of `_weights` for low and high bytes and of `_fourth`; None for Triton's own operations."""
+    if INTERPRETED or dtype == torch.float32:
+        return None, None, None
+    if dtype == torch.bfloat16:  # 128, 1 and -160
+        values = {"kind": "bf16x2", "magic": "0x43004300", "one": "0x3F803F80", "less": "0xC320C320"}
+    else:  # 1024, 1 and -1056
+        values = {"kind": "f16x2", "magic": "0x64006400", "one": "0x3C003C00", "less": "0xE420E420"}
+    low = _BOTH.format(**values, shift="", source="$1")
+    return low, _BOTH.format(**values, shift="shr.b32 u, $1, 8;", source="u"), _FOURTH
+
+
+def _planes(packed: Tensor) -> Tensor:
+    if packed.storage_offset() % 2:
+        raise ValueError(
+            f"int6_linear: packed must start at an even byte of its storage, got {packed.storage_offset()}"
+        )
+    return packed.view(torch.int16)
+
+
+def _overlap() -> str:
+    """How a kernel follows the one before it: "early" is programmatic launch, Hopper's; "after" the ordinary way."""
+    if INTERPRETED or triton.runtime.driver.active.get_current_target().arch < 90:
+        return "after"
+    return "early"
+
+
+def _forward(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     (M, K), N = x.shape, packed.shape[0]
     if M > SMALL_M:
-        return F.linear(x, _dequantise(packed, scale, x.dtype))
+        y = F.linear(x, _dequantise(packed, scale, x.dtype))
+        return y if a is None else y + F.linear(F.linear(x, a), b)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if M and N:
-        # K is a constexpr: one compilation a weight shape, and Triton 3.5's interpreter cannot loop to a runtime bound.
-        # No interpreter multiplies bfloat16 rightly in tl.dot, so there the operands are float32.
-        operand = tl.float32 if INTERPRETED else _OPERAND[x.dtype]
-        grid = (triton.cdiv(N, LAUNCH["BLOCK_N"]), triton.cdiv(M, LAUNCH["BLOCK_M"]))
-        _int6_linear_kernel[grid](x, packed, scale, y, M, N, K, operand, **LAUNCH)
+    if not (M and N):
+        return y
+    block_m = min((rows for rows in LAUNCH if rows >= M), default=max(LAUNCH))
+    launch = LAUNCH[block_m].copy()
+    launch["BLOCK_I"] = min(launch["BLOCK_I"], triton.next_power_of_2(K // 8))
+    tiles, turns = triton.cdiv(N, launch["BLOCK_N"]), triton.cdiv(K // 8, launch["BLOCK_I"])
+    wanted = triton.next_power_of_2(max(launch.pop("programs") // tiles, 1))
+    splits = max(1, min(wanted, turns // launch.pop("turns")))
+    rank, t = (0, None) if a is None else (a.shape[0], F.linear(x, a))
+    shares = torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
+    # K is a constexpr: one compilation a weight shape, and Triton 3.5's interpreter cannot loop to a runtime bound.
+    # No interpreter multiplies bfloat16 rightly in tl.dot, so there the operands are float32.
+    operand = tl.float32 if INTERPRETED else _OPERAND[x.dtype]
+    early = _overlap() == "early"
+    options = {"launch_pdl": True} if early else {}
+    _int6_linear_kernel[(tiles, splits, triton.cdiv(M, block_m))](
+        x, _planes(packed), shares, M, N, K, splits, operand, *_asm(x.dtype), early,
+        BLOCK_M=block_m, **launch, **options,
+    )  # fmt: skip
+    add_m, add_n, block_r = (min(block_m, 16), 64, max(16, triton.next_power_of_2(rank))) if rank else (1, 512, 1)
+    _add_splits_kernel[(triton.cdiv(N, add_n), triton.cdiv(M, add_m))](
+        shares, t, b, scale, y, M, N, rank, splits, operand, early, add_m, add_n, block_r, num_warps=4, **options
+    )
     return y
 
 
-def _backward(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def _dequantise(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    N, E = packed.shape[0], packed.shape[1] // 6
+    w = torch.empty((N, 8 * E), dtype=torch.float32 if INTERPRETED else dtype, device=packed.device)
+    if N:
+        block = min(1024, triton.next_power_of_2(E))
+        _dequantise_kernel[(N, triton.cdiv(E, block))](_planes(packed), scale, w, E, block)
+    return w.to(dtype)  # the interpreter's own rounding would cut digits off
+
+
+def _backward(dy: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     # Adapters train on thousands of rows, where the ordinary GEMM on dequantised weights is the fast way in any case.
-    return dy @ _dequantise(packed, scale, dy.dtype)
+    dx = dy @ _dequantise(packed, scale, dy.dtype)
+    return dx if a is None else dx + (dy @ b) @ a
+
+
+def _forward_eager(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    return int6_linear_ref(x, packed, scale, None if a is None else (a, b))
+
+
+def _backward_eager(dy: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    dx = dy @ _dequantise_eager(packed, scale, dy.dtype)
+    return dx if a is None else dx + (dy @ b) @ a
 
 
 _op = torch.library.custom_op(f"{NAMESPACE}::int6_linear", _forward, mutates_args=(), device_types="cuda")
-_op.register_kernel("cpu")(_forward if INTERPRETED else int6_linear_ref)
-_op_backward = torch.library.custom_op(f"{NAMESPACE}::int6_linear_backward", _backward, mutates_args=())
+_op.register_kernel("cpu")(_forward if INTERPRETED else _forward_eager)
+_op_backward = torch.library.custom_op(
+    f"{NAMESPACE}::int6_linear_backward", _backward, mutates_args=(), device_types="cuda"
+)
+_op_backward.register_kernel("cpu")(_backward if INTERPRETED else _backward_eager)
 
 
 @_op.register_fake
-def _forward_fake(x, packed, scale):
+def _forward_fake(x, packed, scale, a, b):
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
 @_op_backward.register_fake
-def _backward_fake(dy, packed, scale):
+def _backward_fake(dy, packed, scale, a, b):
     return dy.new_empty((dy.shape[0], packed.shape[1] // 3 * 4))
 
 
@@ -183,22 +357,23 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dy):
     # contiguous(): the same bits whatever the layout of dy, which would choose among GEMM kernels
-    return _op_backward(dy.contiguous(), *ctx.saved_tensors), None, None
+    return _op_backward(dy.contiguous(), *ctx.saved_tensors), None, None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def int6_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """F.linear(x, q scale[:, None]) on weights packed by `int6_pack`; gradient to x only.
+def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """F.linear(x, q scale[:, None] + B A) on weights packed by `int6_pack`; gradient to x only.
 
     Args:
         x: (..., K) bfloat16, float16 or float32, contiguous.
         packed: (N, 3K/4) uint8, contiguous.
         scale: (N,) float16 or float32, contiguous.
+        lowrank: A (R, K) and B (N, R), 1 <= R <= 64, in x's dtype, contiguous; None for no such term.
 
     Returns: (..., N) in x's dtype.
-    Raises: TypeError for a dtype, ValueError for a shape, stride, device or a wanted gradient of scale.
+    Raises: TypeError for a dtype, ValueError for a shape, stride, device or a wanted gradient of a weight.
     """
     _check_packed("int6_linear", packed)
     N, K = packed.shape[0], packed.shape[1] // 3 * 4
@@ -213,54 +388,72 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"int6_linear: scale must be contiguous ({N},), one for each row of packed, got {got}")
     if not x.is_contiguous():
         raise ValueError(f"int6_linear: x must be contiguous, got {tuple(x.shape)} with strides {x.stride()}")
-    for name, tensor in (("packed", packed), ("scale", scale)):
-        if tensor.device != x.device:
+    a, b = (None, None) if lowrank is None else lowrank
+    if lowrank is not None:
+        _check_lowrank(x, a, b, N, K)
+    for name, tensor in (("packed", packed), ("scale", scale), ("lowrank's A", a), ("lowrank's B", b)):
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"int6_linear: {name} must be on {x.device} as x, got {tensor.device}")
-    if torch.is_grad_enabled() and scale.requires_grad:
-        raise ValueError("int6_linear: scale has no gradient, got one that requires it: detach it")
-    return _op(x.view(x.shape[:-1].numel(), K), packed, scale).view(*x.shape[:-1], N)
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"int6_linear: {name} has no gradient, got one that requires it: detach it")
+    return _op(x.view(x.shape[:-1].numel(), K), packed, scale, a, b).view(*x.shape[:-1], N)
+
+
+def _check_lowrank(x: Tensor, a: Tensor, b: Tensor, N: int, K: int) -> None:
+    rank = a.shape[0] if a.ndim == 2 else 0
+    if not 1 <= rank <= MAX_RANK or a.shape != (rank, K) or b.shape != (N, rank):
+        expected = f"A (R, {K}) and B ({N}, R), 1 <= R <= {MAX_RANK}"
+        raise ValueError(f"int6_linear: lowrank must be {expected}, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dtype != x.dtype or b.dtype != x.dtype:
+        raise TypeError(f"int6_linear: lowrank must be {x.dtype} as x, got {a.dtype} and {b.dtype}")
+    if not (a.is_contiguous() and b.is_contiguous()):
+        raise ValueError(f"int6_linear: lowrank must be contiguous, got strides {a.stride()} and {b.stride()}")
 
 
 # --- not needed when lifted ---
 
-# (M, N, K); "wide" takes the GEMM path. "record" is the up-projection of the record's MLP at 64 rows.
+# (M, N, K) and, with a low-rank term, R. "deep" splits k, and unevenly; "wide" takes the GEMM path; "record" is the
+# up-projection of the record's MLP at 64 rows.
 SIZES = {
     "odd": (17, 33, 384),
+    "deep": (9, 20, 1664, 5),
     "tile": (16, 64, 256),
     "one": (1, 5, 128),
     "full": (64, 32, 128),
-    "wide": (65, 40, 256),
+    "wide": (129, 40, 256),
     "record": (64, 2048, 512),
 }
 
 
 def int6_linear_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
-    """Keyword arguments at (M, N, K): the first two rows of weights are at the ends of the range; scale is float32 for
-    float32 x and float16, as artifacts store it, for the others."""
-    M, N, K = size
+    """Keyword arguments at (M, N, K) or (M, N, K, R): the first two rows of weights are at the ends of the range; scale
+    is float32 for float32 x and float16, as artifacts store it, for the others."""
+    M, N, K, *rank = size
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn((M, K), generator=generator, device=device, dtype=dtype)
     q = torch.randint(-31, 32, (N, K), generator=generator, device=device, dtype=torch.int8)
     q[0], q[1] = 31, -31
     scale = torch.rand(N, generator=generator, device=device) * 0.02 + 0.001
-    return {
+    inputs = {
         "x": x.requires_grad_(),
         "packed": int6_pack(q),
         "scale": scale if dtype == torch.float32 else scale.half(),
     }
+    if rank:
+        a = torch.randn((rank[0], K), generator=generator, device=device, dtype=dtype)
+        b = torch.randn((N, rank[0]), generator=generator, device=device, dtype=dtype)
+        inputs["lowrank"] = (a, b * 0.01)  # a correction, as of a quantiser's error
+    return inputs
 
 
 def int6_linear_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes and operations the maths needs: packed weights, scale, x and y once; the same again backward."""
-    M, N, K = size
+    """Bytes and operations the maths needs: packed weights, scale, low-rank term, x and y once; backward the same."""
+    M, N, K, *rank = size
     scale_bytes = 4 if dtype == torch.float32 else 2
-    moved = N * K * 3 // 4 + N * scale_bytes + M * (N + K) * dtype.itemsize
-    return {
-        "bytes_forward": moved,
-        "bytes_backward": moved,
-        "flops_forward": 2 * M * N * K,
-        "flops_backward": 2 * M * N * K,
-    }
+    values = M * (N + K) + sum(rank) * (N + K)
+    moved = N * K * 3 // 4 + N * scale_bytes + values * dtype.itemsize
+    flops = 2 * M * (N * K + sum(rank) * (N + K))
+    return {"bytes_forward": moved, "bytes_backward": moved, "flops_forward": flops, "flops_backward": flops}
 
 
 def _prove(fn: Callable, ref: Callable, make_inputs: Callable, cost: Callable, sizes: dict) -> None:

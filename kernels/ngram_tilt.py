@@ -10,18 +10,18 @@ hint -1 means none: nll is then the plain loss of the softcapped logits, so one 
 logits (n_rows, V) float32, bfloat16 or float16, last stride 1, row stride free; targets (n_rows,) in [0, V) and hints
 (n_rows,) in [-1, V), int32 or int64; betas (n_rows,) float32, nats. Returns (n_rows,) float32, nats. float64 logits are
 computed in float64 on the CPU. A target or a hint outside its range gives NaN for its row: looking at the values before
-the launch would stall the stream (the eager path on the CPU raises RuntimeError).
+the launch would stall the stream (the eager path on the CPU raises RuntimeError); check_targets=True asks for that.
 
 Must move: the logits once, and 24 bytes a row. Replaces softcap, cross_entropy, a second softmax for q and the tilt,
 which read or write (n_rows, V) several times. Refuses: gradients (training steps on the untilted loss), a strided last
 dimension, a softcap so large that float32 could overflow.
 
-The float32 sum needs no running maximum. It is taken relative to the target, whose logit is read first:
+The float32 sum needs no running maximum. It is taken relative to the softcap, which no z exceeds:
 
-    rest = sum_{j != t} exp(z_j - z_t),    nll = log1p(rest)
+    rest = exp(softcap - z_t) sum_{j != t} exp(z_j - softcap),    nll = log1p(rest)
 
-As |z| <= softcap, every term is within exp(+-2 softcap) and the sum below V exp(2 softcap). Unlike lse - z_t this never
-rounds below zero and keeps its relative accuracy on a confident row. Tilting adds beta to the hint's logit, so
+As |z| <= softcap, every term is within exp(-2 softcap) and 1, and rest below V exp(2 softcap). Unlike lse - z_t this
+never rounds below zero and keeps its relative accuracy on a confident row. Tilting adds beta to the hint's logit, so
 
     t == h: rest' = rest exp(-beta)             t != h: rest' = rest + exp(z_h - z_t) (exp(beta) - 1)
 
@@ -40,8 +40,8 @@ import triton.language as tl
 from torch import Tensor
 
 NAMESPACE = "niblick"
-# Columns per step of the loop, at most, and warps per row. Not tuned on any card yet.
-LAUNCH = {"BLOCK_V": 2048, "num_warps": 4}
+# Columns of one of the four vectors that a turn of the loop takes, and warps per row. NVIDIA H200, 2026-11-20.
+LAUNCH = {"BLOCK_V": 256, "num_warps": 1}
 MAX_EXPONENT = 80.0  # of 2 softcap + ln V; exp overflows float32 at 88.7, which leaves room for beta <= 8
 
 
@@ -57,10 +57,47 @@ def ngram_tilt_ref(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor
 
 
 @triton.jit
-def _gap(x, softcap: tl.constexpr):
-    # softcap - z, since 1 - tanh(y) = 2 sigmoid(-2y). Nothing cancels, and near the cap, where the likely columns lie,
-    # it is small and therefore exact. (libdevice's tanh would not run in the interpreter.)
-    return 2.0 * softcap * tl.sigmoid(x * (-2.0 / softcap))
+def _reciprocal(x, COMPILED: tl.constexpr):
+    if COMPILED:  # one instruction instead of the eight of a division; x is never denormal
+        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _denominator(x, softcap: tl.constexpr, COMPILED: tl.constexpr):
+    """1 + exp(2 x / softcap), at most about 2^30, so that no product of four overflows. 2.885... is 2 log2(e)."""
+    if COMPILED and x.dtype == tl.bfloat16:  # both halves of a register clamped at once, then taken apart
+        limit = tl.full(x.shape, 30.0 / 2.8853900817779268 * softcap, tl.bfloat16)
+        asm: tl.constexpr = (
+            """{ .reg .b32 t; min.NaN.bf16x2 t, $2, $3; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000; }"""
+        )
+        x = tl.inline_asm_elementwise(asm, "=r,=r,r,r", [x, limit], dtype=tl.float32, is_pure=True, pack=2)
+        exponent = x * (2.8853900817779268 / softcap)
+    else:
+        exponent = x.to(tl.float32) * (2.8853900817779268 / softcap)
+        exponent = tl.minimum(exponent, 30.0, propagate_nan=tl.PropagateNan.ALL)
+    return 1.0 + tl.exp2(exponent)
+
+
+@triton.jit
+def _exponent(x, softcap: tl.constexpr, COMPILED: tl.constexpr):
+    # (z - softcap) log2(e), since 1 - tanh(y) = 2 / (1 + exp(2y)). Nothing cancels, and near the cap, where the likely
+    # columns lie, it is small and therefore exact.
+    return (-2.8853900817779268 * softcap) * _reciprocal(_denominator(x, softcap, COMPILED), COMPILED)
+
+
+@triton.jit
+def _exp2_by_polynomial(x):
+    """2^x for |x| < 126, relative error 4e-6, without the special function unit."""
+    shifted = x + 12583039.0  # 1.5 2^23 + 127: rounds to an integer, which with a float's bias lands in the low bits
+    r = x - (shifted - 12583039.0)
+    p = 0.009567534551024437 * r + 0.05596153810620308  # minimax on [-1/2, 1/2]
+    p = p * r + 0.24025216698646545
+    p = p * r + 0.6931147575378418
+    p = p * r + 0.9999988675117493
+    return p * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -69,6 +106,16 @@ def _log1p(x):
     # back the bits that u lost. Where u == 1, log1p(x) is x to rounding.
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _four(row_ptr, cols, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The logits at cols and at 1, 2 and 3 BLOCK_V beyond; 0 outside the row."""
+    x0 = tl.load(row_ptr + cols, mask=cols < V, other=0.0)
+    x1 = tl.load(row_ptr + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
+    x2 = tl.load(row_ptr + cols + 2 * BLOCK_V, mask=cols + 2 * BLOCK_V < V, other=0.0)
+    x3 = tl.load(row_ptr + cols + 3 * BLOCK_V, mask=cols + 3 * BLOCK_V < V, other=0.0)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -81,29 +128,67 @@ def _ngram_tilt_kernel(
     stride_row,
     V: tl.constexpr,
     softcap: tl.constexpr,
+    COMPILED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    TURNS: tl.constexpr,
+    LANE_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
+    cols = tl.arange(0, BLOCK_V)
+    x0, x1, x2, x3 = _four(row_ptr, cols, V, BLOCK_V)
     target = tl.load(targets_ptr + row).to(tl.int64)
     hint = tl.load(hints_ptr + row).to(tl.int64)
     beta = tl.load(betas_ptr + row).to(tl.float32)
-
     valid = (target >= 0) & (target < V) & (hint >= -1) & (hint < V)
-    gap_target = _gap(tl.load(row_ptr + target, mask=valid, other=float("nan")).to(tl.float32), softcap)
-
-    rest = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-        rest += tl.where((cols < V) & (cols != target), tl.exp(gap_target - _gap(x, softcap)), 0.0)
-    plain = tl.sum(rest, axis=0)
-
     hinted = valid & (hint >= 0)
-    gap_hint = _gap(tl.load(row_ptr + hint, mask=hinted, other=0.0).to(tl.float32), softcap)
-    missed = plain + tl.exp(gap_target - gap_hint) * (tl.exp(beta) - 1.0)
+    target = tl.where(valid, target, 0)
+    x_target = tl.load(row_ptr + target).to(tl.float32)
+    x_hint = tl.load(row_ptr + tl.where(hinted, hint, 0)).to(tl.float32)
+    lane = target % BLOCK_V
+    same = tl.arange(0, LANE_V) * BLOCK_V + lane
+    x_same = tl.load(row_ptr + same, mask=same < V, other=0.0).to(tl.float32)
+
+    # Special functions, not bytes, set the pace, and after them instructions. Of three a column (exp, 1/x, exp) 1.75
+    # are left: four columns share a reciprocal, 1/a = bcd / abcd, and two of them take the second exp by polynomial.
+    K: tl.constexpr = -2.8853900817779268 * softcap
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for turn in range(TURNS):
+        first = turn * (4 * BLOCK_V) + cols
+        d0 = _denominator(x0, softcap, COMPILED)
+        d1 = _denominator(x1, softcap, COMPILED)
+        d2 = _denominator(x2, softcap, COMPILED)
+        d3 = _denominator(x3, softcap, COMPILED)
+        d01 = d0 * d1
+        d23 = d2 * d3
+        r = K * _reciprocal(d01 * d23, COMPILED)
+        r01 = r * d23
+        r23 = r * d01
+        term0 = _exp2_by_polynomial(r01 * d1)
+        term1 = tl.exp2(r01 * d0)
+        term2 = _exp2_by_polynomial(r23 * d3)
+        term3 = tl.exp2(r23 * d2)
+        if V % (4 * BLOCK_V) != 0:
+            term0 = tl.where(first < V, term0, 0.0)
+            term1 = tl.where(first + BLOCK_V < V, term1, 0.0)
+            term2 = tl.where(first + 2 * BLOCK_V < V, term2, 0.0)
+            term3 = tl.where(first + 3 * BLOCK_V < V, term3, 0.0)
+        total += term0
+        total += term1
+        total += term2
+        total += term3
+        x0, x1, x2, x3 = _four(row_ptr, first + 4 * BLOCK_V, V, BLOCK_V)  # of the next turn; none after the last
+    # The target is left out afterwards, and not by subtraction, which would cancel: the one sum that it went into, that
+    # of the columns equal to it modulo BLOCK_V, is replaced. A comparison a column would cost more.
+    others = tl.where((same < V) & (same != target), tl.exp2(_exponent(x_same, softcap, COMPILED)), 0.0)
+    rest = tl.sum(tl.where(cols == lane, 0.0, total), axis=0) + tl.sum(others, axis=0)
+
+    z_target = _exponent(x_target, softcap, COMPILED)
+    z_hint = _exponent(x_hint, softcap, COMPILED)
+    plain = rest * tl.exp2(-z_target)
+    missed = plain + tl.exp2(z_hint - z_target) * (tl.exp(beta) - 1.0)
     tilted = tl.where(hint == target, plain * tl.exp(-beta), missed)
-    tl.store(nll_ptr + row, _log1p(tl.where(hinted, tilted, plain)))
+    tl.store(nll_ptr + row, tl.where(valid, _log1p(tl.where(hinted, tilted, plain)), float("nan")))
 
 
 def _forward(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, softcap: float) -> Tensor:
@@ -111,8 +196,12 @@ def _forward(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, soft
     nll = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
         # V is a constexpr: one compilation a vocabulary, and Triton 3.5's interpreter cannot loop to a runtime bound.
-        launch = LAUNCH | {"BLOCK_V": min(LAUNCH["BLOCK_V"], triton.next_power_of_2(V))}
-        _ngram_tilt_kernel[(n_rows,)](logits, targets, hints, betas, nll, logits.stride(0), V, softcap, **launch)
+        block = LAUNCH["BLOCK_V"]
+        turns, lane = triton.cdiv(V, 4 * block), triton.next_power_of_2(triton.cdiv(V, block))
+        _ngram_tilt_kernel[(n_rows,)](
+            logits, targets, hints, betas, nll, logits.stride(0), V, softcap, not INTERPRETED,
+            block, turns, lane, num_warps=LAUNCH["num_warps"],
+        )  # fmt: skip
     return nll
 
 
@@ -132,7 +221,15 @@ def _forward_fake(logits, targets, hints, betas, softcap):
     return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def ngram_tilt(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, softcap: float = 30.0) -> Tensor:
+def ngram_tilt(
+    logits: Tensor,
+    targets: Tensor,
+    hints: Tensor,
+    betas: Tensor,
+    softcap: float = 30.0,
+    *,
+    check_targets: bool = False,
+) -> Tensor:
     """Tilted negative log-likelihood of each target, nats; see the top of the file for the formula.
 
     Args:
@@ -141,6 +238,7 @@ def ngram_tilt(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, so
         hints: (n_rows,) int32 or int64 in [-1, V), -1 for no hint; anything else gives NaN.
         betas: (n_rows,) float32, strength of the hint in nats; ignored where the hint is -1.
         softcap: > 0, with 2 softcap + ln V <= 80.
+        check_targets: wait for the device and raise a ValueError for the first target or hint outside its range.
 
     Returns: (n_rows,) float32 (float64 for float64 logits), without gradient.
     Raises: TypeError for a dtype, ValueError for a shape, stride, device, softcap or a wanted gradient.
@@ -174,13 +272,19 @@ def ngram_tilt(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, so
             "ngram_tilt: has no gradient, got an input that requires one: train on softcapped_ce, "
             "or score under torch.no_grad()"
         )
+    if check_targets:
+        for name, ids, least in (("targets", targets, 0), ("hints", hints, -1)):
+            bad = ((ids < least) | (ids >= V)).nonzero()
+            if len(bad):
+                row = bad[0, 0].item()
+                raise ValueError(f"ngram_tilt: {name} must be in [{least}, {V}), got {ids[row].item()} in row {row}")
     return _op(logits, targets, hints, betas, float(softcap))
 
 
 # --- not needed when lifted ---
 
 SIZES = {
-    "odd": (12, 2049),  # a second step of the loop for one column
+    "odd": (12, 2053),  # a third turn of the loop for five columns; first, middle and last column in lanes of their own
     "tile": (12, 4096),
     "one": (1, 1),
     "record": (98304, 8192),

@@ -86,6 +86,8 @@ def test_a_file_added_is_found_and_a_broken_one_named(stub: str) -> None:
     assert measure.defect("doubled") is None
     assert measure.defect("halved") == "lacks halved_ref, halved_inputs, halved_cost"
     assert "no_such_module" in measure.defect("torn")
+    (folder / "unsized.py").write_text(STUB.replace("doubled", "unsized").replace('"record"', '"recrod"'))
+    assert measure.defect("unsized") == "lacks SIZES['record']"
     assert Session(Options(device="cpu")).outcome("halved", "record")["niblick"].status.startswith("red: lacks")
 
 
@@ -133,6 +135,7 @@ def test_bad_options_are_refused(stub: str, options: Options, message: str) -> N
         (["--device", "cuda"], "found none"),
         (["--benchmark-compare-fail=median:5%"], "expected --benchmark-compare with it"),
         (["--benchmark-compar"], "unrecognized arguments"),
+        (["--out", "/"], "Is a directory"),
     ],
 )
 def test_bad_command_line_is_one_line(stub: str, words: list[str], message: str, monkeypatch, capsys) -> None:
@@ -263,7 +266,22 @@ def test_contenders_take_turns() -> None:
     order = []
     timers = {name: SimpleNamespace(measure=lambda turn, name=name: order.append(name + str(turn))) for name in "abc"}
     interleave(timers, 4)
-    assert " ".join(order) == "a0 b0 c0 b1 c1 a1 c2 a2 b2 a3 b3 c3"
+    assert " ".join(order) == "a0 b1 c2 b3 c4 a5 c6 a7 b8 a9 b10 c11"
+
+
+def test_inputs_rotate_through_three_times_the_cache(stub: str, monkeypatch) -> None:
+    """Every call on the next set, every set with noise and cotangents of its own."""
+    module = measure.load(stub)
+    make = module.doubled_inputs
+    monkeypatch.setattr(module, "doubled_inputs", lambda size, dtype, device, seed: make(size, dtype, "cpu", seed))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=100_000))
+    sets = measure.input_sets(stub, module, (64, 64), torch.float32, torch.device("cuda"))
+    touched = sum(inputs["x"].nbytes for inputs in sets)
+    assert touched > 3 * 100_000 and len({inputs["x"].sum().item() for inputs in sets}) == len(sets) == 20
+    calls = Calls(module.doubled, sets)
+    assert all(calls.inputs(turn) is sets[turn % 20] for turn in range(41))
+    first, second = (calls.cotangents(list(calls.forward(sets[turn])), turn)[0] for turn in range(2))
+    assert not torch.equal(first, second) and first is calls.cotangents([], 20)[0]
 
 
 def test_both_directions_are_timed() -> None:
@@ -272,6 +290,9 @@ def test_both_directions_are_timed() -> None:
     interleave({"": timer}, 3)
     for forward, backward, both in zip(*(timer.seconds[d] for d in ("forward", "backward", "both")), strict=True):
         assert forward > 0 and backward > 0 and backward == both - forward
+    many = Calls(lambda x: x * x, [{"x": x}] * 9)
+    timer_for(many, CPU, graph=False)
+    assert len(many._cotangents) == 9, "a cotangent would be made inside the time"
     without = timer_for(Calls(lambda x: x * x, [{"x": x.detach()}]), CPU, graph=False)
     interleave({"": without}, 3)
     assert list(without.seconds) == ["forward"] and len(without.seconds["forward"]) == 3
@@ -321,6 +342,12 @@ def test_missing_failing_and_other_operations_are_shown(stub: str, monkeypatch) 
     assert outcomes["eager"].records["both"]["version"] == torch.__version__
 
 
+def test_each_says_why_where_all_fail(stub: str, monkeypatch) -> None:
+    monkeypatch.setattr(rivals, "contenders", lambda *_: [Contender(who, lambda x: 3 * x) for who in ("niblick", "b")])
+    statuses = {outcome.status for outcome in measured(stub).values()}
+    assert statuses == {"failed: ValueError: computes something else: relative error 0.5"}
+
+
 def test_rivals_belong_to_kernels_and_to_the_extra() -> None:
     """A kernel that is renamed takes its rivals along; each package is one that setup.py's [bench] installs."""
     extra = (ROOT / "setup.py").read_text()
@@ -350,11 +377,11 @@ START["commit"] = "0123456789abcdef"
 
 def test_readme_table_stands_between_its_markers_and_nothing_else_changes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    before, after = "# title\n\n| a | b |\n\n", "\n\nthe end, ü\n"
-    readme.write_text(f"{before}<!-- bench -->\nold\n<!-- /bench -->{after}")
+    before, after = "# title\n\n| a | b |\n\n", "\n\nthe end, ü\r\n"
+    readme.write_bytes(f"{before}<!-- bench -->\nold\n<!-- /bench -->{after}".encode())
     for _ in range(2):  # writing twice gives the same
         report.write_readme(readme, outcomes_for_readme(), START, CEILINGS)
-        text = readme.read_text()
+        text = readme.read_bytes().decode()
         assert text.startswith(f"{before}<!-- bench -->\n") and text.endswith(f"\n<!-- /bench -->{after}")
         assert "old" not in text and text.count("<!-- bench -->") == 1
     table = [line for line in text.splitlines() if line.startswith("|")][1:]
@@ -363,7 +390,9 @@ def test_readme_table_stands_between_its_markers_and_nothing_else_changes(tmp_pa
     assert table[3] == "| `k` | 98304×512 | 2 (bytes) | **4** (50 %) | 20 (10 %) | missing |"
     assert table[4] == "| `k`, one pass | 98304×512 | 2 (bytes) | **2** (100 %) |  |  |"
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1
-    assert "NVIDIA H200" in text and "4.00 TB/s" in text and "commit 0123456789ab" in text
+    assert "NVIDIA H200" in text and "4.00 TB/s" in text and "commit 0123456789ab. " in text
+    dirty = START | {"commit": START["commit"] + "-dirty"}
+    assert "commit 0123456789ab-dirty." in report.readme_lines(outcomes_for_readme(), dirty, CEILINGS)[0]
 
 
 @pytest.mark.parametrize("text", ["no markers", "<!-- bench --> only", "<!-- /bench --> <!-- bench -->",
@@ -411,6 +440,46 @@ def test_results_are_named_by_date_and_card(monkeypatch) -> None:
     assert path.parent == ROOT / "bench" / "results" and path.name.endswith("-h100-80gb-hbm3-kernels.jsonl")
 
 
+def test_an_interrupted_run_keeps_what_it_has(stub: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    (Path(niblick.kernels.__path__[0]) / "tripled.py").write_text(STUB.replace("doubled", "tripled"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    measures = measure.measure
+
+    def interrupted(kernel: str, *rest) -> dict[str, Outcome]:
+        if kernel == "tripled":
+            raise KeyboardInterrupt
+        return measures(kernel, *rest)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    out = tmp_path / "out.jsonl"
+    words = ["--device", "cpu", "--no-contract", "--rounds", "2", "--out", str(out)]
+    assert run.command([*words, f"--benchmark-storage=file://{tmp_path / 'storage'}"]) == 130
+    start, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert start["event"] == "start" and {record["kernel"] for record in records} == {stub}
+    assert capsys.readouterr().err.endswith("niblick.bench.run: interrupted\n")
+
+
+def test_what_is_refused_at_the_end_costs_nothing(stub: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """pytest-benchmark finds only after the measurements that there is nothing to compare with."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    out = tmp_path / "out.jsonl"
+    words = ["--device", "cpu", "--no-contract", "--rounds", "2", "--out", str(out), "--benchmark-compare"]
+    words += [f"--benchmark-storage=file://{tmp_path / 'storage'}", "--benchmark-compare-fail=median:5%"]
+    assert run.command(words) == 2
+    assert len(out.read_text().splitlines()) == 1 + 2 * 3
+    assert "requires valid --benchmark-compare" in capsys.readouterr().err
+
+
+def test_our_own_variant_that_fails_fails_the_run(stub: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setitem(rivals.RIVALS, stub, [Contender("niblick, thrice", lambda x: 3 * x)])
+    words = ["--device", "cpu", "--no-contract", "--rounds", "2", f"--benchmark-storage=file://{tmp_path}"]
+    with pytest.raises(SystemExit) as exit:
+        run.command(words)
+    assert exit.value.code == 1
+    assert "niblick, thrice: failed: ValueError: computes something else" in capsys.readouterr().out
+
+
 def test_only_a_whole_run_writes_the_readme(stub: str, tmp_path: Path, monkeypatch) -> None:
     readme, untouched = tmp_path / "README.md", "<!-- bench --><!-- /bench -->"
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -434,6 +503,7 @@ def test_only_a_whole_run_writes_the_readme(stub: str, tmp_path: Path, monkeypat
     assert (tmp_path / "results" / "plots").is_dir()
     assert finished(every[:2]) == finished(every, contract=False) == finished(every, readme=False) == untouched
     assert finished(["record"], sizes=("record",)) == untouched
+    assert finished(every, rounds=2) == finished(every, dtype="float32") == untouched
     (Path(niblick.kernels.__path__[0]) / "halved.py").write_text("")
     assert finished(every, kernels=(stub,)) == untouched
 

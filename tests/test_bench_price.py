@@ -139,14 +139,35 @@ def test_variants_take_turns_and_train(tiny: Preset, monkeypatch) -> None:
     assert weights.abs().amax((1, 2)).min() > 0, "a matrix is still zero: timing would be of zeros"
     names = {id(variant.trainer): label for label, variant in variants.items()}
 
+    given = []
+
     def steps(trainer, batches, looping, steps):
         seen.append(names[id(trainer)])
+        given.append(next(batches).ids.tolist())
         return [100.0, 1.0, 2.0][:steps]
 
     monkeypatch.setattr(price, "_time_steps", steps)
     price.take_turns(variants, [False, True], rounds=3, steps=3)
     assert "".join(seen) == "aabbccbbccaaccaabb"
+    assert all(ids == given[turn // 6 * 6] for turn, ids in enumerate(given)), "a round's variants took other batches"
+    assert given[0] != given[6] != given[12]
     assert variants["b"].ms == {False: [[1.0, 2.0]] * 3, True: [[1.0, 2.0]] * 3}
+
+
+def test_what_ends_it_early_costs_one_round(tiny: Preset, monkeypatch, tmp_path, capsys) -> None:
+    """The whole rounds before it are told and kept."""
+    calls = []
+
+    def steps(trainer, batches, looping, steps):
+        calls.append(looping)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return [float(len(calls))] * steps
+
+    monkeypatch.setattr(price, "_time_steps", steps)
+    status, (_, *records) = priced(tmp_path, "--rounds", "9", "--only", "loss_impl=kernel", "--loop", "off")
+    assert status == 130 and "2 rounds of 2 variants" in capsys.readouterr().out
+    assert [(r["variant"], r["rounds"]) for r in records] == [("default", 2), ("model.loss_impl=kernel", 2)]
 
 
 def test_differences_are_taken_round_by_round() -> None:
@@ -178,6 +199,8 @@ def test_without_a_gpu_it_refuses(monkeypatch, capsys) -> None:
         (["pr9"], "unknown preset 'pr9'"),
         (["--device", "cpu", "--only", "mlp_imp"], "(nearest: mlp_impl)"),
         (["--device", "cpu", "--steps", "1"], "--steps of 2 or more"),
+        (["--device", "cpu", "--out", "/"], "Is a directory"),
+        (["--device", "cpu", "--precompile", "-1"], "--precompile of 0 or more: got -1"),
         (["--device", "cpu", "--tokens", "-1"], "batch.tokens_per_step"),
         (["pr1423", "--device", "cpu", "--loop", "on"], "expected a preset whose layers loop"),
         (["--rouns", "3"], "unknown option '--rouns' (nearest: --rounds)"),

@@ -10,17 +10,25 @@ from test_contract import DEVICE, TRITON_RUNS
 from niblick.kernels.ngram_tilt import ngram_tilt, ngram_tilt_inputs, ngram_tilt_ref
 
 FAULTS = [
-    ("(cols < V) & (cols != target)", "(cols < V - 1) & (cols != target)"),  # last column left out
-    ("(cols < V) & (cols != target)", "cols != target"),  # padding counted
-    ("(cols < V) & (cols != target)", "cols < V"),  # target counted twice
-    ("cols != target", "cols != target + 1"),  # target off by one
-    ("range(0, V, BLOCK_V)", "range(0, V - 1, BLOCK_V)"),  # ragged tail dropped
-    ("2.0 * softcap * tl.sigmoid(x * (-2.0 / softcap))", "softcap - x"),  # no softcap
+    ("tl.where(first < V, term0, 0.0)", "term0"),  # padding counted
+    ("mask=cols < V, other=0.0", "mask=cols < V - 1, other=0.0"),  # last column read as 0
+    ("triton.cdiv(V, 4 * block)", "max(1, V // (4 * block))"),  # ragged tail dropped
+    ("(same != target)", "(same != target + BLOCK_V)"),  # target counted
+    ("(same < V) & (same != target)", "(same != target)"),
+    ("tl.where(cols == lane, 0.0, total)", "total"),  # its neighbours counted twice
+    ("+ tl.sum(others, axis=0)", ""),  # or not at all
+    ("lane = target % BLOCK_V", "lane = (target + 1) % BLOCK_V"),
+    ("r01 = r * d23", "r01 = r * d01"),  # the reciprocal of the wrong product
+    ("term1 = tl.exp2(r01 * d0)", "term1 = tl.exp2(r01 * d1)"),
+    ("_exp2_by_polynomial(r23 * d3)", "_exp2_by_polynomial(r23 * d2)"),
+    ("p = p * r + 0.24025216698646545", "p = p * r + 0.25"),  # a digit of the polynomial
+    ("<< 23)", "<< 22)"),
+    ("1.0 + tl.exp2(exponent)", "tl.exp2(exponent)"),  # no softcap
     ("valid & (hint >= 0)", "valid & (hint > 0)"),  # hint in the first column ignored
     ("valid & (hint >= 0)", "valid"),  # -1 taken for a hint
     ("hint == target", "hint == target + 1"),  # hit off by one
     ("plain * tl.exp(-beta)", "plain"),  # a hit not rewarded
-    ("plain + tl.exp(gap_target - gap_hint) * (tl.exp(beta) - 1.0)", "plain"),  # a miss not punished
+    ("plain + tl.exp2(z_hint - z_target) * (tl.exp(beta) - 1.0)", "plain"),  # a miss not punished
     ("(tl.exp(beta) - 1.0)", "tl.exp(beta)"),  # expm1 without its 1
     ("row * stride_row", "row * V"),  # stride of the caller ignored
     ("logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))", "betas.new_empty(0)"),
@@ -91,6 +99,47 @@ def test_index_out_of_range_is_never_a_number(target: int, hint: int) -> None:
     else:
         with pytest.raises(RuntimeError, match="out of bounds"):
             call([1.0, 2.0, 3.0], [target, 1], [hint, -1], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": 9}, r"targets must be in \[0, 9\), got 9 in row 1"),
+        ({"targets": -1}, r"targets must be in \[0, 9\), got -1 in row 1"),
+        ({"hints": -2}, r"hints must be in \[-1, 9\), got -2 in row 1"),
+    ],
+)
+def test_check_targets_names_the_first_row(change: dict[str, int], message: str) -> None:
+    inputs = ngram_tilt_inputs((3, 9), torch.float32, DEVICE)
+    assert torch.equal(ngram_tilt(**inputs, check_targets=True), ngram_tilt(**inputs))
+    for key, value in change.items():
+        inputs[key][1:] = value
+    with pytest.raises(ValueError, match=message):
+        ngram_tilt(**inputs, check_targets=True)
+
+
+@pytest.mark.skipif(not TRITON_RUNS, reason="of the Triton code")
+@pytest.mark.parametrize("V", [1, 255, 256, 257, 1023, 1024, 1025, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_vocabulary(V: int, dtype: torch.dtype) -> None:
+    inputs = ngram_tilt_inputs((24, V), dtype, DEVICE)
+    wide = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
+    numerics.assert_matches_f64("ngram_tilt", ngram_tilt(**inputs), ngram_tilt_ref(**inputs), ngram_tilt_ref(**wide))
+
+
+@pytest.mark.skipif(not TRITON_RUNS, reason="of the Triton code")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinite_logits(dtype: torch.dtype) -> None:
+    """NaN makes its own row NaN, wherever it stands; infinities are at the cap."""
+    inputs = ngram_tilt_inputs((24, 1100), dtype, DEVICE)
+    columns = [0, 255, 256, 600, 1023, 1024, 1099]
+    for row, column in enumerate(columns):
+        inputs["logits"][row, column] = math.nan
+    inputs["logits"][8, 5], inputs["logits"][9, 7] = math.inf, -math.inf
+    at_cap = inputs | {"logits": inputs["logits"].clamp(-1e4, 1e4)}
+    nll = ngram_tilt(**inputs)
+    assert nll.isnan().nonzero()[:, 0].tolist() == list(range(len(columns)))
+    assert torch.equal(nll[7:], ngram_tilt(**at_cap)[7:])
 
 
 def test_int32_indices() -> None:

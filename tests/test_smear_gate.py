@@ -13,23 +13,33 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOS = 1
 
 FAULTS = [
-    ("!= bos_id)\n", "!= bos_id + 1)\n"),  # the mask on another id
+    # forward
+    ("!= bos_id)\n    return head", "!= bos_id + 1)\n    return head"),  # the mask on another id
     ("if bos_id is not None:\n        open_", "if bos_id is None:\n        open_"),  # the mask vanishes
     ("open_ = (rows >= 1) & (rows < N)", "open_ = (rows >= 2) & (rows < N)"),  # row 1 takes nothing in
-    ("s = 1.0 / (1.0 + tl.exp(-", "s = 1.0 / (1.0 + tl.exp("),  # sign of the gate
+    ("s = 1.0 / (1.0 + tl.exp(-tl.sum(head * w", "s = 1.0 / (1.0 + tl.exp(tl.sum(head * w"),  # sign of the gate
     ("mask=inside, other=0.0).to(WIDE)", "mask=inside & (cols[None, :] < W - 1), other=0.0).to(WIDE)"),
     ("gate[:, None].to(tl.float32) * previous", "gate[:, None].to(tl.float32) * x"),  # smears the token with itself
+    # backward
+    ("!= bos_id)\n    m = ", "!= bos_id + 1)\n    m = "),  # the mask on another id
+    ("if bos_id is not None:\n        takes", "if bos_id is None:\n        takes"),
+    ("takes = (row >= 1) & (row < N)", "takes = (row >= 2) & (row < N)"),
+    ("tl.exp(-tl.sum(w * head", "tl.exp(tl.sum(w * head"),
     ("u = scale * s * (1.0 - s) * a", "u = scale * s * a"),  # no derivative of the sigmoid
     ("u = scale * s * (1.0 - s) * a", "u = s * (1.0 - s) * a"),  # nor of the scale
-    ("+ g_next[:, None] * dy_next", ""),  # nothing handed to the token before
+    ("+ g_next * dy_next", ""),  # nothing handed to the token before
     ("(m_next * scale * s_next)", "(scale * s_next)"),  # gradient leaks over the document's start
-    ("(m_next * scale * s_next)", "(m * scale * s)"),  # gate of the wrong row
-    (" + u[:, None].to(tl.float32) * w\n", "\n"),  # gradient through the gate itself missing
-    ("a = m * tl.sum", "a = tl.sum"),  # masked rows move weight and scale
-    ("tl.sum(s * a, axis=0)", "tl.sum(tl.where(rows < N - 1, s * a, 0.0), axis=0)"),  # last row left out of dλ
-    ("after = (rows[:, None] + 1 < N)", "after = (rows[:, None] % BLOCK_N + 1 < BLOCK_N)"),  # blocks do not touch
+    ("(m_next * scale * s_next)", "(m_next * scale * s)"),  # gate of the wrong row
+    (" + u.to(tl.float32) * w_row\n", "\n"),  # gradient through the gate itself missing
+    ("s, m, m * tl.sum(dy", "s, m, tl.sum(dy"),  # masked rows move weight and scale
+    ("tl.sum(dy.to(WIDE) * x_before.to(WIDE)", "tl.sum(dy.to(WIDE) * dy.to(WIDE)"),  # a of the wrong rows
+    ("dscale += s * a", "dscale += tl.where(row < N - 1, s * a, 0.0)"),  # last row left out of dλ
+    ("dweight += u * head", "dweight += u * head_next"),
+    ("mask=(cols < D) & (row >= 1), other=0.0", "mask=(cols < 0), other=0.0"),  # strips do not touch
     ("cols.to(tl.int64) * stride_dy_col", "cols.to(tl.int64)"),  # dy read as if contiguous
-    ("dy_ptr + rows[:, None] * stride_dy +", "dy_ptr + rows[:, None] * D +"),
+    ("dy_ptr + row * stride_dy +", "dy_ptr + row * D +"),
+    ("mask=i < n_programs, other=0.0", "mask=i < n_programs - 1, other=0.0"),  # the last program's share lost
+    ("range(ROWS)", "range(ROWS - 1)"),  # the last row of a strip never written
     ("return x.new_empty(x.shape)\n", "return x.new_empty(x.shape, dtype=torch.float64)\n"),  # fake lies
 ]
 

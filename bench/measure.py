@@ -50,6 +50,8 @@ def defect(kernel: str) -> str | None:
     except Exception as error:  # whatever a half-written file does
         return f"does not import: {first_line(error)}"
     lacking = [part for part in (kernel, *(f"{kernel}_{part}" for part in PARTS), "SIZES") if not hasattr(module, part)]
+    if not lacking and "record" not in module.SIZES:
+        lacking = ["SIZES['record']"]
     return f"lacks {', '.join(lacking)}" if lacking else None
 
 
@@ -111,7 +113,8 @@ def measure(
         except Exception as error:  # of somebody else's code, or of ours: shown, and the others go on
             outcomes[who] = Outcome(_why(contender, error, device))
     del reference
-    interleave(timers, rounds)
+    if timers:
+        interleave(timers, rounds)
     work = getattr(module, f"{kernel}_cost")(size, dtype)
     for contender in everyone:
         if contender.who in timers:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import cycle, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -68,11 +68,11 @@ class Arguments:
 
 @dataclass
 class Variant:
-    """One preset's step. ms: by loop mode, one list a turn. step_bytes: what a step allocates beyond what stays."""
+    """One preset's step. By loop mode: ms, one list a turn; step_bytes, what a step allocates beyond what stays."""
 
     trainer: Trainer
     ms: dict[bool, list[list[float]]] = field(default_factory=dict)
-    step_bytes: int | None = None
+    step_bytes: dict[bool, int | None] = field(default_factory=dict)
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
@@ -180,22 +180,28 @@ def build(preset: Preset, loops: list[bool], device: torch.device, compile: bool
     variant, batches = Variant(make_trainer(preset, device, compile)), cycle(synthetic_batches(preset, device))
     for looping in loops:
         for _ in range(WARM_UP_STEPS):
-            variant.step_bytes = _memory_of(lambda: _step(variant.trainer, batches, looping), device)  # noqa: B023
+            memory = _memory_of(lambda: _step(variant.trainer, batches, looping), device)  # noqa: B023
+            variant.step_bytes[looping] = memory
     return variant
 
 
 def take_turns(variants: dict[str, Variant], loops: list[bool], rounds: int, steps: int) -> None:
-    """Every variant and loop mode once a round, the order turned by one each round; what recompiles is an error."""
+    """Every variant and loop mode once a round, the order turned by one each round; what recompiles is an error.
+
+    In a round all take the same batches: documents of other lengths are other work. Only whole rounds are noted.
+    """
     labels = list(variants)
     trainer = variants[labels[0]].trainer
-    batches = cycle(synthetic_batches(trainer.preset, trainer.device))
+    batches = synthetic_batches(trainer.preset, trainer.device)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for turn in range(rounds):
-            first = turn % len(labels)
+            first, found = turn % len(labels), {}
             for label in labels[first:] + labels[:first]:
                 for looping in loops:
-                    times = _time_steps(variants[label].trainer, batches, looping, steps)
-                    variants[label].ms.setdefault(looping, []).append(times[1:])
+                    same = islice(cycle(batches), turn % len(batches), None)
+                    found[label, looping] = _time_steps(variants[label].trainer, same, looping, steps)[1:]
+            for (label, looping), times in found.items():
+                variants[label].ms.setdefault(looping, []).append(times)
 
 
 def _step(trainer: Trainer, batches: Iterator[Batch], looping: bool) -> None:
@@ -254,7 +260,7 @@ def records(variants: dict[str, Variant], presets: dict[str, Preset | str]) -> l
                     "difference_q1_ms": float(d_first),
                     "difference_q3_ms": float(d_third),
                     "rounds": len(rounds),
-                    "step_bytes": variant.step_bytes,
+                    "step_bytes": variant.step_bytes.get(looping),
                 }
             )
     return found
@@ -267,16 +273,17 @@ def main(words: list[str]) -> None:
     arguments = parse(Arguments, words, script="niblick.bench.price", about=__doc__)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("expected a CUDA device, found none (--device cpu tries the command on a tiny step)")
-    if arguments.rounds < 0 or arguments.steps < 2:
-        raise ConfigError(
-            f"expected --rounds of 0 or more and --steps of 2 or more: got {arguments.rounds}, {arguments.steps}"
-        )
+    for option, least in {"rounds": 0, "steps": 2, "precompile": 0}.items():
+        if getattr(arguments, option) < least:
+            raise ConfigError(f"expected --{option} of {least} or more: got {getattr(arguments, option)}")
     preset = step_preset(arguments)
     presets = choices(preset)
     labels = chosen(presets, arguments.only)
     loops = loop_modes(preset, arguments.loop)
     if arguments.rounds and DEFAULT not in labels:
         labels.insert(0, DEFAULT)
+    if arguments.out:
+        results_file.append(arguments.out, [])  # one that cannot be written is refused before anything is measured
     device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -292,7 +299,7 @@ def main(words: list[str]) -> None:
 
 def precompile(arguments: Arguments, labels: list[str], presets: dict[str, Preset | str]) -> None:
     """This command for each variant by itself, compiling only, so many at a time. A failure is shown later."""
-    if not (arguments.precompile and arguments.device == "cuda"):
+    if not (arguments.precompile and arguments.compile and arguments.device == "cuda"):
         return
     words = [sys.executable, "-m", "niblick.bench.price", *([arguments.preset] if arguments.preset else [])]
     words += ["--rounds", "0", "--loop", arguments.loop, "--attention", arguments.attention]
@@ -335,10 +342,21 @@ def price(
     loops: list[bool],
     device: torch.device,
 ) -> None:
-    trainer, console = variants[DEFAULT].trainer, Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
-    take_turns(variants, loops, arguments.rounds, arguments.steps)
-    print(f"{arguments.rounds} rounds of {len(variants)} variants: {time.perf_counter() - start:.0f} s", flush=True)
+    try:
+        take_turns(variants, loops, arguments.rounds, arguments.steps)
+    finally:  # what ends it early, Ctrl-C or a recompilation, costs the round that it falls in
+        rounds = len(next(iter(variants[DEFAULT].ms.values()), []))
+        print(f"{rounds} rounds of {len(variants)} variants: {time.perf_counter() - start:.0f} s", flush=True)
+        if rounds:
+            tell(arguments, variants, presets, device)
+
+
+def tell(
+    arguments: Arguments, variants: dict[str, Variant], presets: dict[str, Preset | str], device: torch.device
+) -> None:
+    """Prints, and on a GPU or where asked keeps, what was found."""
+    trainer, console = variants[DEFAULT].trainer, Console(width=None if sys.stdout.isatty() else 150)
     found = records(variants, presets)
     console.print(table(found))
     out = arguments.out or (results_file.default_path("price", device) if device.type == "cuda" else None)

@@ -65,7 +65,7 @@ def _cells(record: dict[str, object]) -> list[str]:
 
 def write_readme(readme: Path, outcomes: Outcomes, start: dict[str, object], ceilings: Ceilings) -> None:
     """Replaces what stands between the two markers; DataError if they are not there, once each and in order."""
-    text = readme.read_text()
+    text = readme.read_bytes().decode()  # as bytes: the ends of lines stay as they are
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -82,7 +82,7 @@ def readme_lines(outcomes: Outcomes, start: dict[str, object], ceilings: Ceiling
     rates = ", ".join(f"{dtype} {rate / 1e12:.0f}" for dtype, rate in ceilings.flops_per_s.items())
     lines = [
         f"{start['card']}, driver {start['driver']}, torch {start['torch']}, triton {start['triton']}, "
-        f"{str(start['date'])[:10]}, commit {str(start['commit'])[:12]}. Measured in the same run: a copy moves "
+        f"{str(start['date'])[:10]}, commit {_short(start['commit'])}. Measured in the same run: a copy moves "
         f"{ceilings.bytes_per_s / 1e12:.2f} TB/s, matrix products reach {rates} TFLOP/s; the larger of the two times "
         "that follow is the roof. Milliseconds forward + backward (forward, where there is no gradient), in brackets "
         "the roof's share of them.",
@@ -99,6 +99,12 @@ def readme_lines(outcomes: Outcomes, start: dict[str, object], ceilings: Ceiling
             lines.append(f"| `{kernel}`{variant} | {' | '.join([*facts, _cell(by_who[who], bold=True), *rivals])} |")
             rivals = [""] * len(others)
     return lines
+
+
+def _short(commit: object) -> str:
+    """Twelve digits, and the mark of uncommitted changes."""
+    text = str(commit)
+    return text[:12] + "-dirty" * text.endswith("-dirty")
 
 
 def _whole_size(key: tuple[str, str]) -> bool:

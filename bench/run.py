@@ -10,6 +10,7 @@ Exit status 1: a kernel is red or failed, or --benchmark-compare-fail found it s
 
 import contextlib
 import io
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -62,8 +63,13 @@ def main(words: list[str]) -> None:
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # of a backward's first product, harmless
     start = results_file.start_record(session.device)
     start["commit"] = options.commit or start["commit"]
-    failed = run_pytest(session, start, for_pytest)
-    finish(session, start)
+    if options.out:
+        results_file.append(options.out, [])  # one that cannot be written is refused before anything is measured
+    try:
+        failed = run_pytest(session, start, for_pytest)
+    finally:  # Ctrl-C, or pytest-benchmark's refusal at the end, costs nothing that was measured
+        if session.outcomes:
+            finish(session, start)
     if failed:
         sys.exit(1)
 
@@ -92,9 +98,11 @@ def run_pytest(session: Session, start: dict[str, object], for_pytest: list[str]
     except pytest.UsageError as error:
         raise DataError(f"{' '.join(for_pytest)}: {error}") from None
     if status == pytest.ExitCode.USAGE_ERROR:
-        reason = next((line for line in said.getvalue().splitlines() if "error: " in line), "pytest refuses this")
-        raise DataError(f"{' '.join(for_pytest)}: {reason.partition('error: ')[2] or reason}")
+        reasons = re.findall("error: (.*)", said.getvalue(), re.IGNORECASE)
+        raise DataError(f"{' '.join(for_pytest)}: {(reasons or ['pytest refuses this'])[-1]}")
     sys.stderr.write(said.getvalue())
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     return status != pytest.ExitCode.OK
 
 

@@ -37,7 +37,7 @@ class Options:
     out: Path | None = None
     """JSON-lines file to append to; default on a GPU: bench/results/DATE-CARD-kernels.jsonl, without one: none."""
     readme: bool = True
-    """Write the table of README.md (only by a whole, gated run on a GPU)."""
+    """Write the table of README.md (only by a whole, gated run on a GPU, with the default dtype and rounds)."""
     plots: bool = True
     """Draw bench/results/plots/KERNEL.svg (only on a GPU)."""
     commit: str | None = None
@@ -82,10 +82,11 @@ class Session:
 
     @property
     def whole(self) -> bool:
-        """Whether this run may speak for the repository: everything was looked at, behind the contract."""
+        """Whether this run may speak for the repository: all was looked at, behind the contract, as by default."""
         options, everything = self.options, set(self.kernels) == set(measure.kernels())
+        usual = not options.sizes and options.dtype in ("auto", "bfloat16") and options.rounds >= Options.rounds
         wanted = {(kernel, size) for kernel in self.kernels for size in self.sizes(kernel)}
-        return self.cuda and options.contract and everything and not options.sizes and wanted <= self.outcomes.keys()
+        return self.cuda and options.contract and everything and usual and wanted <= self.outcomes.keys()
 
     def sizes(self, kernel: str) -> list[str]:
         """The names of the sizes to time, those that come to the same left out."""

@@ -84,7 +84,7 @@ class Timer(Protocol):
 
 def timer_for(calls: Calls, device: torch.device, *, graph: bool) -> Timer:
     """The timer of one contender, warmed up. Whatever the contender raises, it raises here."""
-    for turn in range(WARM_UP_CALLS):
+    for turn in range(max(WARM_UP_CALLS, len(calls.sets))):  # every set: their cotangents are made here
         calls.results(turn)
     if device.type != "cuda":
         return ClockTimer(calls)
@@ -92,12 +92,13 @@ def timer_for(calls: Calls, device: torch.device, *, graph: bool) -> Timer:
 
 
 def interleave(timers: dict[str, Timer], rounds: int) -> None:
-    """Every contender once a round, the order turned by one each round."""
+    """Every contender once a round, the order turned by one each round; each call on the next input set, not on the one
+    that the contender before has just brought into the L2."""
     names = list(timers)
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            timers[name].measure(turn)
+        for i, name in enumerate(names[first:] + names[:first]):
+            timers[name].measure(turn * len(names) + i)
 
 
 class ClockTimer:
@@ -159,12 +160,12 @@ class GraphTimer:
         self._both = self._capture(backward=True) if self._has_backward else None
 
     def _capture(self, backward: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, kept = torch.cuda.CUDAGraph(), []
         with torch.cuda.graph(graph):
             for turn, inputs in enumerate(self._calls.sets):
                 outputs = self._calls.forward(inputs)
-                if backward:
-                    self._calls.backward(inputs, outputs, turn)
+                # Kept, or a few buffers would serve all calls, and their writes would stay in the L2.
+                kept.append((outputs, self._calls.backward(inputs, outputs, turn) if backward else ()))
         return graph
 
     def measure(self, turn: int) -> None:

@@ -10,6 +10,7 @@ score of a target is therefore that of the whole stream up to it in one forward,
 start, however windows are batched.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from niblick.data.bits_per_byte import bits_per_byte
 from niblick.data.loaders import document_starts, row_starts
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.windows import Window
-from niblick.kernels.ngram_tilt import ngram_tilt
+from niblick.kernels.ngram_tilt import MAX_EXPONENT, ngram_tilt
 from niblick.kernels.softcapped_ce import softcapped_ce
 from niblick.model.config import ConfigError, GPTConfig
 from niblick.model.gpt import GPT
 
 LOGITS_BYTES = 1 << 28
-"""Logits are made for so many rows at a time: 256 MiB are 16,384 rows of 8192 in bf16, enough to fill any card."""
+"""Logits are made for so many rows at a time: 256 MiB are 16,384 rows of 8192 in bf16."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def score(
     """
     if not windows:
         raise ConfigError(f"score: expected at least one target, found none in {len(tokens)} tokens")
-    if hints is not None and model.config.asymmetric_softcap:
-        raise ConfigError("score: the n-gram tilt expected one softcap, found model.asymmetric_softcap")
+    if hints is not None:
+        _check_tilt(model.config)
     began, was_training = time.perf_counter(), model.training
     nll = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
     n_targets, n_bytes, total = 0, 0, sum(w.end - w.first_scored for w in windows)
@@ -99,28 +100,34 @@ def score(
     return Score(nll.item(), n_targets, n_bytes, time.perf_counter() - began)
 
 
+def _check_tilt(config: GPTConfig) -> None:
+    if config.asymmetric_softcap:
+        raise ConfigError("score: the n-gram tilt expected one softcap, found model.asymmetric_softcap")
+    largest = (MAX_EXPONENT - math.log(config.vocab_size)) / 2
+    if config.softcap > largest:
+        raise ConfigError(f"score: the n-gram tilt expected a softcap of at most {largest:.4g}: got {config.softcap}")
+
+
 @torch.no_grad()
 def token_nll(model: GPT, packed: Packed, tokens: np.ndarray, hints: Hints | None = None) -> Tensor:
     """Negative log-likelihood of each scored target, nats, (M,) float32 on the model's device."""
     device = model.embedding.device
     hidden = model.hidden(packed.ids.to(device), packed.cu_seqlens.to(device), looping=True)[packed.rows.to(device)]
     targets = _on(device, tokens[packed.targets], torch.int64)
-    if hints is None:
-        hinted = torch.full_like(targets, -1)
-        betas = torch.zeros(len(targets), device=device)
-    else:
-        hinted = _on(device, hints.tokens[packed.targets], torch.int64)
-        betas = _on(device, hints.betas[packed.targets], torch.float32)
+    columns = [hidden, targets]
+    if hints is not None:
+        columns.append(_on(device, hints.tokens[packed.targets], torch.int64))
+        columns.append(_on(device, hints.betas[packed.targets], torch.float32))
     n_rows = max(1, LOGITS_BYTES // (model.config.vocab_size * hidden.element_size()))
-    chunks = zip(*(x.split(n_rows) for x in (hidden, targets, hinted, betas)), strict=True)
+    chunks = zip(*(x.split(n_rows) for x in columns), strict=True)
     return torch.cat([_row_nll(model, *chunk) for chunk in chunks])
 
 
-def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, hints: Tensor, betas: Tensor) -> Tensor:
+def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, *hint: Tensor) -> Tensor:
     logits = model.head(hidden)
-    if model.config.asymmetric_softcap:
-        return softcapped_ce(logits, targets, *model.softcaps, reduction="none")
-    return ngram_tilt(logits, targets, hints, betas, model.config.softcap)
+    if hint:
+        return ngram_tilt(logits, targets, *hint, model.config.softcap)
+    return softcapped_ce(logits, targets, *model.softcaps, reduction="none")
 
 
 def _on(device: torch.device, values: np.ndarray, dtype: torch.dtype) -> Tensor:

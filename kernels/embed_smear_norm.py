@@ -28,6 +28,7 @@ From: the embedding of modded-nanogpt, the smear gate of PR #1667 of the challen
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
@@ -310,6 +311,20 @@ def _join_parts_kernel(
             tl.store(dtable_ptr + key * D + cols, dtable, mask=cols < D)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(
     token_ids: Tensor,
     table: Tensor,
@@ -329,6 +344,7 @@ def _forward(
     return y, keys, s, rstd
 
 
+@_as_given
 def _backward(
     dy: Tensor,
     table: Tensor,
@@ -385,6 +401,7 @@ def _wide_type(table: Tensor) -> object:
     return tl.float64 if table.dtype == torch.float32 else tl.float32
 
 
+@_as_given
 def _forward_eager(
     token_ids: Tensor,
     table: Tensor,
@@ -417,6 +434,7 @@ def _smeared(
     return x + (smear_scale.to(wide) * s)[:, None] * taken, taken, s
 
 
+@_as_given
 def _backward_eager(
     dy: Tensor,
     table: Tensor,

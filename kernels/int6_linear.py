@@ -30,6 +30,7 @@ OR into a mantissa that of FasterTransformer (Kim et al. 2022); the low-rank ter
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -277,6 +278,20 @@ def _overlap() -> str:
     return "early"
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     (M, K), N = x.shape, packed.shape[0]
     if M > SMALL_M:
@@ -318,16 +333,19 @@ def _dequantise(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return w.to(dtype)  # the interpreter's own rounding would cut digits off
 
 
+@_as_given
 def _backward(dy: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     # Adapters train on thousands of rows, where the ordinary GEMM on dequantised weights is the fast way in any case.
     dx = dy @ _dequantise(packed, scale, dy.dtype)
     return dx if a is None else dx + (dy @ b) @ a
 
 
+@_as_given
 def _forward_eager(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     return int6_linear_ref(x, packed, scale, None if a is None else (a, b))
 
 
+@_as_given
 def _backward_eager(dy: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     dx = dy @ _dequantise_eager(packed, scale, dy.dtype)
     return dx if a is None else dx + (dy @ b) @ a

@@ -30,6 +30,7 @@ From: LeakyReLU(0.5)² of PR #1855 of the challenge (ReLU²: So et al. 2021); th
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -428,6 +429,20 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     """y, and a with the signs of h for the backward."""
     a = x.new_empty((len(x), len(up)))
@@ -435,6 +450,7 @@ def _forward(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -> tupl
     return a @ down.t(), a
 
 
+@_as_given
 def _backward(
     dy: Tensor, x: Tensor, up: Tensor, down: Tensor, a: Tensor, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -443,12 +459,14 @@ def _backward(
     return dh @ up, dh.t() @ x, dy.t() @ a
 
 
+@_as_given
 def _forward_eager(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     """y, and h for the backward: there is no a with signs here."""
     h = x @ up.t()
     return F.leaky_relu(h, negative_slope).square() @ down.t(), h
 
 
+@_as_given
 def _backward_eager(
     dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -480,6 +498,7 @@ def _multiply(a: Tensor, b_t: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: t
     return torch._scaled_mm(a, b_t.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 
+@_as_given
 def _forward_fp8(
     x: Tensor, up: Tensor, down: Tensor, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -499,6 +518,7 @@ def _forward_fp8(
     return y, x8_t, h, a_t, up8_t, down8_t, scales
 
 
+@_as_given
 def _backward_fp8(
     dy: Tensor, x_t: Tensor, h: Tensor, a_t: Tensor, up_t: Tensor, down_t: Tensor, scales: Tensor, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,7 @@ outside [0, V) that is not ignore_index makes its row's loss NaN; looking for on
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -439,6 +440,20 @@ def _linear_ce_quantise(t: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -485,6 +500,7 @@ def _forward(
     return loss.sum(), loss, raw, ratio, dweight
 
 
+@_as_given
 def _backward(dtotal: Tensor, raw: Tensor, ratio: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
     results = []
     for source, factors in ((raw, ratio), (dweight, None)):
@@ -499,6 +515,7 @@ def _backward(dtotal: Tensor, raw: Tensor, ratio: Tensor, dweight: Tensor) -> tu
     return results[0], results[1]
 
 
+@_as_given
 def _forward_eager(x, weight, targets, weights, softcap, ignore_index, fp8, with_dx, with_dweight):
     wide = torch.promote_types(x.dtype, torch.float32)
     t = torch.tanh(F.linear(x, weight).to(wide) / softcap)
@@ -515,6 +532,7 @@ def _forward_eager(x, weight, targets, weights, softcap, ignore_index, fp8, with
     return loss.sum(), loss, raw, share, dweight
 
 
+@_as_given
 def _backward_eager(dtotal: Tensor, raw: Tensor, ratio: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
     dx = raw.to(ratio.dtype) * (ratio[:, None] * dtotal) if len(raw) else raw.clone()
     return dx.to(raw.dtype), (dweight * dtotal).to(raw.dtype)

@@ -21,6 +21,7 @@ such as Polar Express (Amsel et al. 2025).
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import triton
@@ -140,6 +141,20 @@ def _symmetric(x: Tensor, inverse: Tensor | None, abc: tuple[float, float, float
     return out.to(x.dtype)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(g: Tensor, coefficients: list[float]) -> Tensor:
     B, m, n = g.shape
     if not B:
@@ -153,6 +168,7 @@ def _forward(g: Tensor, coefficients: list[float]) -> Tensor:
     return g
 
 
+@_as_given
 def _forward_eager(g: Tensor, coefficients: list[float]) -> Tensor:
     return newton_schulz_ref(g, [tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3)])
 

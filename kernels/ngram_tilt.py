@@ -33,6 +33,7 @@ Source: PR #1420 and PR #1514 of the challenge (n-gram tilt), PR #2018 (token hi
 
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
@@ -191,6 +192,20 @@ def _ngram_tilt_kernel(
     tl.store(nll_ptr + row, tl.where(valid, _log1p(tl.where(hinted, tilted, plain)), float("nan")))
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, softcap: float) -> Tensor:
     n_rows, V = logits.shape
     nll = torch.empty(n_rows, dtype=torch.float32, device=logits.device)

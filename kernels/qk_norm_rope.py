@@ -21,7 +21,7 @@ From: modded-nanogpt (normalised queries and keys, half-split rotary); the gain 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +191,20 @@ def _qk_norm_rope_bwd_kernel(
         tl.store(dgain_ptr + tl.program_id(0) * H + heads, tl.sum(dgain, axis=1), mask=heads < H)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     q_out, k_out = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
     grid, sizes = _launch("forward", q.is_cuda, *q.shape, k.shape[1], cos.shape[1])
@@ -200,6 +214,7 @@ def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None
     return q_out, k_out
 
 
+@_as_given
 def _backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ From: the residual mixing of modded-nanogpt (x0 lambdas) and the layer scales of
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
@@ -192,6 +193,20 @@ def _sum_shares_kernel(
     tl.store(total_ptr + scale * D + cols, tl.sum(total, axis=0)[None, :], mask=cols < D)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -209,6 +224,7 @@ def _forward(
     return u, n
 
 
+@_as_given
 def _backward(
     du: Tensor | None,
     dn: Tensor | None,

@@ -19,6 +19,7 @@ From: PR #1667 of the challenge; the mask is that of PR #1851.
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
@@ -207,6 +208,20 @@ def _add_shares_kernel(shares_ptr, dweight_ptr, dscale_ptr, n_programs, W, BLOCK
         tl.store(dscale_ptr, total.to(dscale_ptr.dtype.element_ty))
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_id: int | None) -> Tensor:
     (N, D), W = x.shape, len(weight)
     y = torch.empty((N, D), dtype=x.dtype, device=x.device)
@@ -219,6 +234,7 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_id
     return y
 
 
+@_as_given
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_id: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,6 +261,7 @@ def _number_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float32 else tl.float32
 
 
+@_as_given
 def _backward_eager(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_id: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ From: PR #1855 (the cap) and PR #1923 (a cap for each sign) of the challenge; th
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -291,6 +292,20 @@ def _softcapped_ce_kernel(
             tl.store(dcaps_ptr + row * 2 + 1, down)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(
     logits: Tensor, targets: Tensor, weights: Tensor | None, caps: Tensor | None, dloss: Tensor | None,
     cap: list[float], z_loss: float, ignore_index: int, grad_dtype: torch.dtype | None,
@@ -302,6 +317,7 @@ def _forward(
     return loss, dlogits, dcaps
 
 
+@_as_given
 def _backward(
     dloss: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None, caps: Tensor | None,
     cap: list[float], z_loss: float, ignore_index: int,

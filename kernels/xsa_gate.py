@@ -26,6 +26,7 @@ From: exclusive self-attention (XSA) and sparse head gates as in PR #1855 of the
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -203,6 +204,20 @@ def _xsa_gate_bwd_weight_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * H * W + head * W + col, share, mask=known)
 
 
+def _as_given(launcher: Callable) -> Callable:
+    """On the device of the arguments, where Triton takes the current one, and in their dtypes, autocast or not."""
+
+    @wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        tensor = next(t for t in flat if isinstance(t, Tensor))
+        with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return run
+
+
+@_as_given
 def _forward(
     y: Tensor, v: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_logits: Tensor | None,
     gate_scale: float, amplitude: float,
@@ -215,6 +230,7 @@ def _forward(
     return out
 
 
+@_as_given
 def _backward(
     dout: Tensor, y: Tensor, v: Tensor | None, x: Tensor | None, gate_weight: Tensor | None,
     gate_logits: Tensor | None, gate_scale: float, amplitude: float,
@@ -269,10 +285,12 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@_as_given
 def _forward_eager(y, v, x, gate_weight, gate_logits, gate_scale, amplitude):
     return xsa_gate_ref(y, v, x, gate_weight, gate_scale, gate_logits=gate_logits, amplitude=amplitude)
 
 
+@_as_given
 def _backward_eager(dout: Tensor, *args) -> tuple[Tensor, ...]:
     *inputs, gate_scale, amplitude = args
     wide = torch.float64 if dout.dtype.itemsize > 2 else torch.float32

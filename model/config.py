@@ -5,7 +5,7 @@ in seconds, learning rates per step. Presets (`model/presets.py`) are difference
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Impl = Literal["kernel", "reference"]
 Method = Literal["plain", "sliding"]
@@ -26,6 +26,14 @@ def _require_range(config: object, section: str, low: float, high: float, *names
     for name in names:
         value = getattr(config, name)
         _require(low <= value <= high, f"{section}.{name} must be in {low:g}..{high:g}: got {value}")
+
+
+def _require_choices(config: object, section: str) -> None:
+    """Fields of a Literal type hold one of its values, also when no command line looked."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            value = getattr(config, name)
+            _require(value in get_args(kind), f"{section}.{name} must be one of {get_args(kind)}: got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ class GPTConfig:
         _require_range(self, "model", 1, 1e6, *sizes, "smear_window", "gate_window")
         _require_range(self, "model", 1e-6, 1e6, "softcap", "rope_base")
         _require_range(self, "model", 0, 1e6, "embedding_std", "loop_extra_passes", "xsa_last_layers")
+        _require_range(self, "model", -1e6, 1e6, "leaky_slope", "gate_scale")
+        _require_choices(self, "model")
         _require(
             self.model_dim % self.num_heads == 0,
             f"model.model_dim must be a multiple of model.num_heads: got {self.model_dim} and {self.num_heads}",
@@ -134,18 +144,25 @@ class GPTConfig:
             # Lanes never close again, and the encoder half pushes one stream: so lanes open after both.
             first = max(self.num_layers // 2, self.loop_end + 1 if self.loop_extra_passes else 0)
             _require(
-                self.parallel_start >= first,
-                f"model.parallel_start must be at least {first}, in the decoder half and after the loop, for "
-                f"model.parallel {self.parallel}: got {self.parallel_start}",
+                first <= self.parallel_start < self.num_layers,
+                f"model.parallel_start must be in {first}..{self.num_layers - 1}, in the decoder half and after the "
+                f"loop, for model.parallel {self.parallel}: got {self.parallel_start}",
             )
         _require(
             0.0 <= self.norm_dropout_quantile < 1.0,
             f"model.norm_dropout_quantile must be in [0, 1): got {self.norm_dropout_quantile}",
         )
         _require(
-            not (self.asymmetric_softcap and self.loss_impl == "fused"),
-            "model.asymmetric_softcap needs model.loss_impl kernel or reference: the fused head has one cap",
+            self.loss_impl != "fused" or (not self.asymmetric_softcap and self.softcap <= 64),
+            "model.asymmetric_softcap and a model.softcap above 64 need model.loss_impl kernel or reference: "
+            f"got fused with {self.asymmetric_softcap} and {self.softcap:g}",
         )
+        _require(
+            self.head_dim <= 256 or (self.qk_impl, self.xsa_impl) == ("reference", "reference"),
+            f"model.qk_impl and model.xsa_impl kernel need heads of at most 256: got {self.head_dim}",
+        )
+        _require(0 <= self.bos_id < self.vocab_size, f"model.bos_id must be a piece: got {self.bos_id}")
+        _require(self.num_layers > 1 or not self.skips, "model.skips needs two layers or more: got one")
         _require(
             max(self.smear_window, self.gate_window) <= self.model_dim,
             f"model.smear_window and model.gate_window must be at most model.model_dim {self.model_dim}",
@@ -181,6 +198,7 @@ class OptimConfig:
     ema_decay: float = 0.9965
 
     def __post_init__(self) -> None:
+        _require_choices(self, "optim")
         _require_range(self, "optim", 0, 1e3, "matrix_lr", "embedding_lr", "scalar_lr")
         _require_range(self, "optim", 0, 1e3, "matrix_decay", "embedding_decay", "scalar_decay")
         below_one = ("beta1", "beta2", "momentum", "momentum_start", "normuon_beta2", "ema_decay")

@@ -150,8 +150,9 @@ class GPT(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         c = self.config
-        if c.loss_impl == "fused" and reduction == "mean":  # a gradient a token is beyond it: it sums dW on the way
-            return linear_softcapped_ce(hidden, self.embedding, targets, c.softcap)
+        # Upstream gradients a token are beyond the fused head: it sums the embedding's gradient on the way.
+        if c.loss_impl == "fused" and (reduction == "mean" or not torch.is_grad_enabled()):
+            return linear_softcapped_ce(hidden, self.embedding, targets, c.softcap, reduction=reduction)
         ce = softcapped_ce_ref if c.loss_impl == "reference" else softcapped_ce
         return ce(self.head(hidden), targets, *self.softcaps, reduction=reduction)
 

@@ -28,7 +28,8 @@ PIECES, HELD_OUT = 300, 150
 SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 128 --model.num-heads 2
     --model.num-kv-heads 1 --model.mlp-hidden 128 --model.loop-start 1 --model.loop-end 1 --model.parallel-start 2
     --model.max-segment 64 --batch.tokens-per-step 256 --batch.tokens-per-micro-step 256
-    --evaluation.sequence-length 64 --data.max-val-tokens {HELD_OUT} --run.device cpu --schedule.budget-s 3600""".split()
+    --evaluation.sequence-length 64 --data.max-val-tokens {HELD_OUT}
+    --run.device cpu --schedule.budget-s 3600""".split()
 
 
 FIELDS = [*(f"--model.{name.replace('_', '-')}" for name in REFERENCE), "--optim.newton-schulz-impl"]

@@ -6,11 +6,12 @@
 Two kernels: x up^T, whose epilogue writes a and nothing else, and dy down, whose epilogue reads a and writes dh. The
 other four products are torch's own. h is never stored: |leaky(h)| is the root of a, and the sign of h is the last bit
 of a's mantissa. a is therefore rounded, once, from the float32 sum to every second number of its dtype: an error of at
-most one unit in the last place, root mean square 0.58; eager, which rounds h before it squares, has 0.64 (bfloat16). At
+most one unit in the last place, root mean square 0.58; eager, which rounds h before it squares, has 0.67 (bfloat16). At
 slope 0 (ReLU²) no sign is needed and a is rounded as usual.
 
 Shapes: x (..., D), up (F, D), down (D, F), all contiguous and of one dtype: bfloat16, float16 or float32; y like x.
-Sums are float32. float64 runs on CPU only, in plain PyTorch. float16 holds no a below 6e-8: |h| < 2.4e-4 is lost.
+Sums are float32. float64 runs on CPU only, in plain PyTorch. float16 holds no a below 6e-8: |h| < 2.4e-4 is lost; and
+none above 65504. An a that overflows, in any dtype, becomes inf, or NaN where h < 0 (inf with its last bit set).
 Must move: forward reads x, writes a, reads it, writes y; backward reads dy and a, writes dh, and reads x, dy, a, dh
 for the gradients; each (N, F) matrix is 400 MB at N = 98,304, F = 2,048. Arithmetic outweighs it: 12 N D F operations.
 
@@ -18,11 +19,12 @@ fp8=True: the same on 8-bit floats (e4m3) from compute capability 8.9 on, 16-bit
 x, dy and the weights are scaled to a root mean square of 8 and cast, also transposed, because Hopper's 8-bit products
 want both operands contiguous along the summed dimension; the epilogues write h, a and dh in 8 bits, a and dh
 transposed too. Scales are the tensors' own, measured in the same call: nothing to choose, nothing carried from step to
-step, no synchronisation. x and dy are measured on every (N / 4096)-th row; for h, a and dh they follow from those of
-x, up, dy and down (as of independent factors). Casts saturate: x, dy, weights, h at 56 root mean squares,
-a at that of |h| = 21, dh at 112. Weight gradients sum without Hopper's fast accumulation, which costs two digits over
-98,304 rows. A cast to e4m3 is off by 2.6 % (root mean square): y should be within 6 %, the gradients within 8 % of
-float64, where bfloat16 has 0.5 %; tests/numerics.py allows 10 %.
+step, no synchronisation. x, dy and the weights are measured in full: a read more of each, an estimated 0.03 ms for x
+and as much for dy at the record. Scales of h, a and dh follow from those of x, up, dy and down (as of independent
+factors). Casts saturate: x, dy, weights, h at 56 root mean squares, a at that of |h| = 21, dh at 112. Weight gradients
+sum without Hopper's fast accumulation, which costs two digits over 98,304 rows. A cast to e4m3 is off by 2.6 % (root
+mean square), from which y is estimated within 6 %, the gradients within 8 % of float64, where bfloat16 has 0.5 %; what
+the tests bound is 10 %, of the root mean square.
 
 Replaces: two linear layers, leaky_relu and square; saves h, leaky(h) and their gradients, 1.2 GB written and read.
 Refuses: other dtypes, anything not contiguous, fp8 where it does not run.
@@ -43,8 +45,8 @@ NAMESPACE = "niblick"
 ROUNDS_BETWEEN = True  # y and the gradients are products of a and dh, which are rounded to x's dtype
 # programs: per multiprocessor, each looping over tiles; 0: one a tile. PARTS: pieces of a tile's columns stored apart.
 # "forward" 0.354 ms and "backward" 0.435 ms at the record size, cuBLAS without an epilogue 0.31 each; 20 configurations
-# each, NVIDIA H200, 2026-11-20. The 8-bit ones are those of a prototype (0.285 and 0.331 ms, 10 each, same card and
-# day); "pointers" (other cards, odd sizes) and "float32" are not tuned.
+# each, NVIDIA H200, 2026-11-20. fp8: configurations measured on earlier versions of these kernels, not since;
+# "pointers" (other cards, odd sizes) and "float32" are not tuned.
 LAUNCH = {
     "forward": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=64, PARTS=4, programs=3, num_warps=4, num_stages=2),
     "backward": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=32, PARTS=2, programs=0, num_warps=4, num_stages=4),
@@ -55,7 +57,7 @@ LAUNCH = {
 }
 # 0.057 ms for x of the record; same card and day, 6 configurations.
 CAST = {"BLOCK_M": 64, "BLOCK_D": 128, "num_warps": 4}
-SAMPLED_ROWS, SUMS = 4096, 128  # rows of x and dy measured for their scale, at least; partial sums of squares
+SUMS = 1024  # partial sums of squares of a tensor, at most: eight programs a multiprocessor, and one load for all
 
 
 def leaky_relu_sq_mlp_ref(
@@ -287,16 +289,19 @@ def _mlp_kernel(
 
 
 @triton.jit
-def _sum_squares_kernel(x_ptr, sums_ptr, n, step, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One partial sum a program over every step-th row of x; n elements in all those rows."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i // D * step * D + i % D, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(x * x))
+def _sum_squares_kernel(x_ptr, sums_ptr, n, n_blocks, BLOCK: tl.constexpr):
+    """One partial sum a program over its blocks of the n elements of x."""
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for block in tl.range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        i = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(squares))
 
 
 @triton.jit
 def _root_mean_square(sums_ptr, n_sums, n, BLOCK: tl.constexpr):
-    """1 for a tensor of zeros, to which any scale is right."""
+    """1 for a tensor of zeros, to which any scale is right; below 2e-23 squares are zero, and count as such."""
     i = tl.arange(0, BLOCK)
     mean = tl.sum(tl.load(sums_ptr + i, mask=i < n_sums, other=0.0)) / n
     return tl.where(mean == 0, 1.0, tl.sqrt(mean))
@@ -452,11 +457,14 @@ def _forward(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -> tupl
 
 @_as_given
 def _backward(
-    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, a: Tensor, negative_slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh = torch.empty_like(a)
-    _product(dy, down, False, negative_slope, dh, seen=a)
-    return dh @ up, dh.t() @ x, dy.t() @ a
+    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, a: Tensor, negative_slope: float,
+    with_dx: bool, with_dup: bool, with_ddown: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, up and down; without elements where none is wanted."""
+    dh, none = torch.empty_like(a), a.new_empty
+    if with_dx or with_dup:
+        _product(dy, down, False, negative_slope, dh, seen=a)
+    return dh @ up if with_dx else none(0), dh.t() @ x if with_dup else none(0), dy.t() @ a if with_ddown else none(0)
 
 
 @_as_given
@@ -468,19 +476,22 @@ def _forward_eager(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -
 
 @_as_given
 def _backward_eager(
-    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, negative_slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    leaky = F.leaky_relu(h, negative_slope)
-    dh = (dy @ down) * 2 * torch.where(h < 0, negative_slope * leaky, leaky)
-    return dh @ up, dh.t() @ x, dy.t() @ leaky.square()
+    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, negative_slope: float,
+    with_dx: bool, with_dup: bool, with_ddown: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    leaky, dh = F.leaky_relu(h, negative_slope), None
+    if with_dx or with_dup:
+        dh = (dy @ down) * 2 * torch.where(h < 0, negative_slope * leaky, leaky)
+    dx = dh @ up if with_dx else h.new_empty(0)
+    dup = dh.t() @ x if with_dup else h.new_empty(0)
+    return dx, dup, dy.t() @ leaky.square() if with_ddown else h.new_empty(0)
 
 
 def _sums(x: Tensor) -> tuple[Tensor, int]:
-    """Partial sums of squares of a sample of the rows, and the number of elements in it."""
-    step = max(1, len(x) // SAMPLED_ROWS)
-    n = triton.cdiv(len(x), step) * x.shape[1]
-    sums = torch.empty(triton.cdiv(n, 8192), dtype=torch.float32, device=x.device)
-    _sum_squares_kernel[sums.shape](x, sums, n, step, x.shape[1], 8192, num_warps=8)
+    """Partial sums of squares of all elements, and their number."""
+    n, n_blocks = x.numel(), triton.cdiv(x.numel(), 8192)
+    sums = torch.empty(min(n_blocks, SUMS), dtype=torch.float32, device=x.device)
+    _sum_squares_kernel[sums.shape](x, sums, n, n_blocks, 8192, num_warps=8)
     return sums, n
 
 
@@ -520,17 +531,23 @@ def _forward_fp8(
 
 @_as_given
 def _backward_fp8(
-    dy: Tensor, x_t: Tensor, h: Tensor, a_t: Tensor, up_t: Tensor, down_t: Tensor, scales: Tensor, negative_slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x_t: Tensor, h: Tensor, a_t: Tensor, up_t: Tensor, down_t: Tensor, scales: Tensor,
+    negative_slope: float, with_dx: bool, with_dup: bool, with_ddown: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums, n = _sums(dy)
     scales_2 = torch.empty((2, 2, 4), dtype=torch.float32, device=dy.device)
     _backward_scales_kernel[(1,)](sums, len(sums), n, scales, scales_2, dy.shape[1], triton.next_power_of_2(len(sums)))
     dy8, dy8_t = _cast(dy, scales_2[0, 0, 0])
-    dh, dh_t = torch.empty_like(h), torch.empty_like(a_t)
-    _product(dy8, down_t, True, negative_slope, dh, seen=h, out_t=dh_t, scales=scales, scales_2=scales_2)
-    dx = _multiply(dh, up_t, scales_2[1, 1, 0], scales[1, 1, 0], dy.dtype, fast=True)
-    dup = _multiply(dh_t, x_t, scales_2[1, 1, 0], scales[1, 0, 0], dy.dtype, fast=False)
-    ddown = _multiply(dy8_t, a_t, scales_2[1, 0, 0], scales[1, 4, 0], dy.dtype, fast=False)
+    dx, dup, ddown = (dy.new_empty(0) for _ in range(3))
+    if with_dx or with_dup:
+        dh, dh_t = torch.empty_like(h), torch.empty_like(a_t)
+        _product(dy8, down_t, True, negative_slope, dh, seen=h, out_t=dh_t, scales=scales, scales_2=scales_2)
+    if with_dx:
+        dx = _multiply(dh, up_t, scales_2[1, 1, 0], scales[1, 1, 0], dy.dtype, fast=True)
+    if with_dup:
+        dup = _multiply(dh_t, x_t, scales_2[1, 1, 0], scales[1, 0, 0], dy.dtype, fast=False)
+    if with_ddown:
+        ddown = _multiply(dy8_t, a_t, scales_2[1, 0, 0], scales[1, 4, 0], dy.dtype, fast=False)
     return dx, dup, ddown
 
 
@@ -562,8 +579,9 @@ def _forward_fake(x, up, down, negative_slope):
 
 
 @_op_backward.register_fake
-def _backward_fake(dy, x, up, down, a, negative_slope):
-    return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
+def _backward_fake(dy, x, up, down, a, negative_slope, *wanted):
+    shapes = (t.shape if w else (0,) for t, w in zip((x, up, down), wanted, strict=True))
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 @_op_fp8.register_fake
@@ -575,9 +593,10 @@ def _forward_fp8_fake(x, up, down, negative_slope):
 
 
 @_op_fp8_backward.register_fake
-def _backward_fp8_fake(dy, x_t, h, a_t, up_t, down_t, scales, negative_slope):
+def _backward_fp8_fake(dy, x_t, h, a_t, up_t, down_t, scales, negative_slope, *wanted):
     D, n_cols = up_t.shape
-    return dy.new_empty(dy.shape), dy.new_empty((n_cols, D)), dy.new_empty((D, n_cols))
+    shapes = zip((dy.shape, (n_cols, D), (D, n_cols)), wanted, strict=True)
+    return tuple(dy.new_empty(shape if w else 0) for shape, w in shapes)
 
 
 def _setup_context(ctx, inputs, output):
@@ -588,7 +607,12 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dy, _da):
     # contiguous(): the same bits whatever the layout of dy, and rows that descriptors can take
-    return *_op_backward(dy.contiguous(), *ctx.saved_tensors, ctx.slope), None
+    return _wanted(ctx, _op_backward(dy.contiguous(), *ctx.saved_tensors, ctx.slope, *ctx.needs_input_grad[:3]))
+
+
+def _wanted(ctx, gradients):
+    """None for inputs that are frozen, whose products were left out, and for negative_slope."""
+    return *(g if w else None for g, w in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
 
 
 def _setup_context_fp8(ctx, inputs, output):
@@ -598,7 +622,7 @@ def _setup_context_fp8(ctx, inputs, output):
 
 
 def _autograd_fp8(ctx, dy, *_):
-    return *_op_fp8_backward(dy.contiguous(), *ctx.saved_tensors, ctx.slope), None
+    return _wanted(ctx, _op_fp8_backward(dy.contiguous(), *ctx.saved_tensors, ctx.slope, *ctx.needs_input_grad[:3]))
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -610,15 +634,19 @@ def leaky_relu_sq_mlp(x: Tensor, up: Tensor, down: Tensor, negative_slope: float
 
     x: (..., D), contiguous, bfloat16, float16 or float32; float64 on CPU only.
     up: (F, D), down: (D, F), contiguous, in x's dtype: the casts of float32 masters are the caller's.
-    negative_slope: any number; 0 is ReLU².
+    negative_slope: any finite int or float; 0 is ReLU². It gets no gradient.
     fp8: all six products on 8-bit floats, for 16-bit x on a card of compute capability 8.9 or later; sizes
     that are multiples of 16. Faster and coarser, as the head of this file says.
-    Returns (..., D) in x's dtype. Differentiable once, in x, up and down.
-    Raises ValueError for a shape, layout, device or card, TypeError for a dtype or an argument of another type.
+    Returns (..., D) in x's dtype. Differentiable once, in x, up and down; products for frozen ones are left out. A
+    gradient with other strides (of stride 0, transposed) is copied.
+    Raises ValueError for a shape, layout, device, card or slope, TypeError for a dtype or an argument of another type.
     """
     name = "leaky_relu_sq_mlp"
     if type(fp8) is not bool:
         raise TypeError(f"{name}: expected fp8 to be a bool, got {fp8!r}")
+    for key, tensor in (("x", x), ("up", up), ("down", down)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected {key} to be a tensor, got {tensor!r}")
     if up.ndim != 2 or 0 in up.shape:
         raise ValueError(f"{name}: expected up of shape (F, D), got {tuple(up.shape)}")
     n_cols, D = up.shape
@@ -639,8 +667,10 @@ def leaky_relu_sq_mlp(x: Tensor, up: Tensor, down: Tensor, negative_slope: float
             raise ValueError(f"{name}: expected {key} on {x.device} as x, got {tensor.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous {key}, got strides {tensor.stride()}")
-    if type(negative_slope) not in (float, int):
+    if not isinstance(negative_slope, int | float) or isinstance(negative_slope, bool):
         raise TypeError(f"{name}: expected negative_slope to be a number, got {negative_slope!r}")
+    if not abs(negative_slope) < float("inf"):
+        raise ValueError(f"{name}: expected a finite negative_slope, got {negative_slope}")
     rows = x.view(x.shape[:-1].numel(), D)
     if fp8 and len(rows):
         _check_fp8(rows, n_cols)

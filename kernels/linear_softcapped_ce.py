@@ -25,7 +25,9 @@ Loss and sums are float32. float64 runs on CPU only, in plain PyTorch.
 Must move: x, weight, targets, dx, dweight; 6 N V D operations. Scratch: E, at most LAUNCH["bytes"], and dx once more.
 Replaces: F.linear, softcap, F.cross_entropy and their backward: (N, V) logits held twice, some ten passes over them.
 Refuses: other dtypes, columns that are not adjacent, softcap outside (0, 64], gradients with reduction="none". A target
-outside [0, V) that is not ignore_index makes its row's loss NaN; looking for one would stall the GPU (check_targets).
+outside [0, V) that is not ignore_index makes its row's loss and dx NaN, and all of dweight, which sums over the rows;
+looking for one would stall the GPU (check_targets). An ignored row's loss is 0 whatever x holds there; its gradients
+are the kernels' numbers times 0, and so NaN, in dweight too, where x of that row is.
 """
 
 from collections.abc import Callable
@@ -67,10 +69,11 @@ def linear_softcapped_ce_ref(
     reduction: str = "mean",
 ) -> Tensor:
     """The specification: logits in x's dtype, the rest in float32 or, for float64 x, in float64."""
+    ignored = targets == ignore_index
     logits = F.linear(x, weight)
     capped = softcap * torch.tanh(logits.to(torch.promote_types(x.dtype, torch.float32)) / softcap)
     loss = F.cross_entropy(capped, targets.long(), ignore_index=ignore_index, reduction="none")
-    counted = (targets != ignore_index).to(loss.dtype)
+    counted = (~ignored).to(loss.dtype)
     if weights is not None:
         counted = counted * weights.to(loss.dtype)
     loss = loss * counted
@@ -181,7 +184,8 @@ def _linear_ce_row_kernel(
     # log(mine + others) - log(mine), from whichever is larger: a confident row's loss does not cancel
     far = tl.log2(tl.maximum(others, mine)) - log_mine
     loss = tl.where(others > mine, far, 0.0) + tl.log2(1.0 + tl.minimum(others, mine) / tl.maximum(others, mine))
-    share = loss * 0.0 + 1.0
+    loss = tl.where(target == ignore_index, 0.0, loss)  # even of NaN
+    share = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
     if weights_ptr is not None:
         share = tl.load(weights_ptr + rows * stride_weights, mask=here, other=0.0).to(tl.float32)
     share = tl.where(known, share, float("nan"))
@@ -388,6 +392,7 @@ def _linear_ce_tiles(
     (n, D), V = x.shape, weight.shape[0]
     if _linear_ce_path(x, weight) == "hopper":
         # A unit of work is 128 rows by 1 / groups of the columns; few groups, as each unit loads its rows of x anew.
+        # (132: where the Hopper code is compiled without a card.)
         sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
         groups = triton.next_power_of_2(triton.cdiv(sms, triton.cdiv(n, 128)))
         groups = min(groups, 8, triton.next_power_of_2(triton.cdiv(V, 256)))
@@ -477,7 +482,7 @@ def _forward(
     e = torch.empty((rows if gradient else 1, padded), dtype=x.dtype, device=x.device)[:, :V]
     scaled = torch.empty((rows if with_dweight else 1, D), dtype=x.dtype, device=x.device)
     operands, scale = (x, weight), None
-    if fp8:
+    if fp8 and N:  # no rows have no largest value
         operands, scales = zip(*map(_linear_ce_quantise, operands), strict=True)
         scale = scales[0] * scales[1]
     for first in range(0, N, rows):
@@ -518,12 +523,14 @@ def _backward(dtotal: Tensor, raw: Tensor, ratio: Tensor, dweight: Tensor) -> tu
 @_as_given
 def _forward_eager(x, weight, targets, weights, softcap, ignore_index, fp8, with_dx, with_dweight):
     wide = torch.promote_types(x.dtype, torch.float32)
+    known, ignored = (targets >= 0) & (targets < len(weight)), targets == ignore_index
+    x = x.masked_fill(ignored[:, None], 0.0)
     t = torch.tanh(F.linear(x, weight).to(wide) / softcap)
-    ignored = targets == ignore_index
-    column = targets.long().masked_fill(ignored, 0)[:, None]
+    column = targets.long().masked_fill(~known, 0)[:, None]
     log_p = (softcap * t).log_softmax(-1)
     mine = log_p.gather(1, column)[:, 0]
-    share = (torch.ones_like(mine) if weights is None else weights.to(wide)).masked_fill(ignored, 0.0)
+    share = torch.ones_like(mine) if weights is None else weights.to(wide)
+    share = torch.where(ignored, 0.0, torch.where(known, share, torch.nan))
     loss = -mine * share
     da = (log_p.exp().scatter(1, column, torch.expm1(mine)[:, None]) * (1 - t * t)).to(x.dtype)
     raw = da @ weight if with_dx else x.new_empty((0, x.shape[1]))
@@ -610,9 +617,10 @@ def linear_softcapped_ce(
     (N,), without gradients only.
     fp8: multiply x and weight to logits in e4m3, each scaled by its largest value (compute capability 8.9 and up); the
     gradients' GEMMs stay in bfloat16. Logits then carry an error of about 4 % of their standard deviation.
-    check_targets: look for a target out of range, which stalls the GPU; without it such a row's loss is NaN.
+    check_targets: look for a target out of range, which stalls the GPU; without it such a row's loss and gradient in x
+    are NaN, and so is all of the gradient in weight.
     Returns float32 (float64 for float64 x). Differentiable once, in x and weight.
-    Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype.
+    Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     me = "linear_softcapped_ce"
     if x.ndim != 2 or x.shape[1] == 0:
@@ -621,21 +629,31 @@ def linear_softcapped_ce(
         raise ValueError(f"{me}: expected weight of shape (V, {x.shape[1]}), got {tuple(weight.shape)}")
     dtypes = (torch.bfloat16, torch.float32, *([torch.float64] if x.device.type == "cpu" else []))
     for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in dtypes or tensor.dtype != x.dtype:
+        if tensor.dtype not in dtypes:
             got = f"{name} in {tensor.dtype} on {tensor.device}"
             raise TypeError(f"{me}: expected x and weight in bfloat16 or float32 (float64 on CPU only), got {got}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{me}: expected {name} in {x.dtype} as x, got {tensor.dtype}")
         if tensor.stride(1) != 1 and tensor.shape[1] > 1:
             raise ValueError(f"{me}: expected {name} with adjacent columns, got strides {tensor.stride()}")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{me}: expected targets as a tensor, got {type(targets).__name__}")
     for name, tensor in (("targets", targets), ("weights", weights)):
         if tensor is not None and tensor.shape != x.shape[:1]:
             raise ValueError(f"{me}: expected {name} of shape ({len(x)},), one a row, got {tuple(tensor.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{me}: expected targets in int64 or int32, got {targets.dtype}")
-    if weights is not None and (not weights.is_floating_point() or weights.requires_grad):
-        raise TypeError(f"{me}: expected weights floating, without gradient, got {weights.dtype}")
+    if weights is not None and not weights.is_floating_point():
+        raise TypeError(f"{me}: expected weights in a floating dtype, got {weights.dtype}")
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{me}: expected weights that require no grad (they get none), got some that do")
     for name, tensor in (("weight", weight), ("targets", targets), ("weights", weights)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{me}: expected {name} on {x.device}, got {tensor.device}")
+    if not isinstance(softcap, int | float) or isinstance(softcap, bool):  # a tensor would get no gradient
+        raise TypeError(f"{me}: expected softcap as a number, got {type(softcap).__name__}")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"{me}: expected ignore_index as an int, got {type(ignore_index).__name__}")
     if not 0 < softcap <= 64:
         raise ValueError(f"{me}: expected 0 < softcap <= 64, got {softcap}")
     if reduction not in ("mean", "sum", "none"):

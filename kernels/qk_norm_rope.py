@@ -320,7 +320,8 @@ def qk_norm_rope(
     cos, sin: (N, h) or (N, 1, h), 0 <= 2h <= d, contiguous, in q's dtype or float32: the angle of channels j and
     j + h. They get no gradient. gain: (H,), elements adjacent, in q's dtype or float32, or None for 1. eps: > 0.
     Returns q' (N, H, d) and k' (N, G, d), contiguous, in q's dtype. Differentiable once, in q, k and gain.
-    Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype.
+    Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype or
+    another type.
     """
     if q.ndim != 3 or k.ndim != 3 or len(q) != len(k) or q.shape[2] != k.shape[2] or 0 in (*q.shape[1:], k.shape[1]):
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
@@ -333,8 +334,10 @@ def qk_norm_rope(
         raise ValueError(f"qk_norm_rope: expected cos and sin of shape ({N}, h) or ({N}, 1, h), 2h <= {d}, got {got}")
     if gain is not None and gain.shape != (H,):
         raise ValueError(f"qk_norm_rope: expected gain of shape ({H},), got {tuple(gain.shape)}")
-    if not eps > 0:
-        raise ValueError(f"qk_norm_rope: expected eps > 0, got {eps}")
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise TypeError(f"qk_norm_rope: expected eps to be a number, got {eps!r}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"qk_norm_rope: expected a finite eps > 0, got {eps}")
     named = {"q": q, "k": k, "cos": cos, "sin": sin} | ({} if gain is None else {"gain": gain})
     allowed = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (q.device.type == "cpu")
     for name, tensor in named.items():

@@ -22,7 +22,8 @@ softcapped_ce_and_grad(..., inplace=True).
 Replaces: softcap * torch.tanh(logits / softcap) and torch.nn.functional.cross_entropy, ten passes over (n_rows, V).
 Refuses: other dtypes, columns that are not adjacent, numbers out of range, weights that want a gradient. What only the
 device knows is not checked, as that would stall it: a cap <= 0 in a tensor makes every loss NaN, a target outside
-[0, V) that is not ignore_index its row's loss (but see check_targets).
+[0, V) that is not ignore_index its row's loss (but see check_targets). An ignored row's loss is 0 whatever it holds;
+its gradient is the kernel's numbers times 0, and so NaN where a logit of that row is.
 From: PR #1855 (the cap) and PR #1923 (a cap for each sign) of the challenge; the sigmoid is modded-nanogpt's.
 """
 
@@ -45,6 +46,7 @@ LAUNCH = {
     "gradient in loops": {"BLOCK_V": 2048, "columns_per_warp": 512, "SHARED": 4},
     "gradient by a team": {"BLOCK_V": 4096, "columns_per_warp": 2048, "SHARED": 4, "AHEAD": 660, "maxnreg": 96},
 }
+LARGEST = 1e4  # cap: beyond it float32 rounds losses, by some 2e-7 A nats, to nothing useful
 REACH = 60.0  # caps up to which sums need no maximum: exp(±60) of e^28 columns stays within float32
 
 
@@ -70,8 +72,10 @@ def softcapped_ce_ref(
         c = softcap if softcap_negative is None else torch.where(x > 0, softcap, softcap_negative)
         z = c * torch.tanh(x / c)
     loss = F.cross_entropy(z, targets.long(), ignore_index=ignore_index, reduction="none")
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(z, 1).square()
     w = (targets != ignore_index).to(x.dtype) * (1.0 if weights is None else weights.to(x.dtype))
-    return _softcapped_ce_reduce(w * (loss + z_loss * torch.logsumexp(z, 1).square()), w, reduction)
+    return _softcapped_ce_reduce(w * loss, w, reduction)
 
 
 def _softcapped_ce_reduce(loss: Tensor, w: Tensor | None, reduction: str) -> Tensor:
@@ -368,7 +372,8 @@ def _softcapped_ce_way(logits: Tensor, grad_dtype: torch.dtype, simple: bool) ->
 
 
 def _forward_eager(logits, targets, weights, caps, dloss, cap, z_loss, ignore_index, grad_dtype):
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known, ignored = (targets >= 0) & (targets < logits.shape[1]), targets == ignore_index
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[:, None], 0.0)
     A, B, C, floor = cap
     if caps is not None:
         c = torch.where((caps > 0).all(), caps, torch.nan)
@@ -377,7 +382,6 @@ def _forward_eager(logits, targets, weights, caps, dloss, cap, z_loss, ignore_in
     u = (x + B) / C
     z = floor + A / 2 + A / 2 * torch.tanh(u / 2)
     slope = A / C * torch.sigmoid(u) * torch.sigmoid(-u)
-    known, ignored = (targets >= 0) & (targets < x.shape[1]), targets == ignore_index
     t = torch.where(known, targets, 0).long()[:, None]
     lse, p = torch.logsumexp(z, 1), torch.softmax(z, 1)
     w = torch.ones_like(lse) if weights is None else weights
@@ -387,7 +391,7 @@ def _forward_eager(logits, targets, weights, caps, dloss, cap, z_loss, ignore_in
     if dloss is None:
         return loss, logits.new_empty(0, dtype=dtype), x.new_zeros(0)
     rise, others = 2 * z_loss * lse[:, None], p.scatter(1, t, 0.0).sum(1, keepdim=True)
-    dz = (w * dloss)[:, None] * ((1 + rise) * p).scatter(1, t, rise * p.gather(1, t) - others)
+    dz = torch.where(ignored, 0.0, w * dloss)[:, None] * ((1 + rise) * p).scatter(1, t, rise * p.gather(1, t) - others)
     dcaps = x.new_zeros(0)
     if caps is not None:
         dcap = dz * (torch.tanh(u / 2) - u / 2 * slope)
@@ -484,8 +488,8 @@ def softcapped_ce(
 
     logits: (n_rows, V) bfloat16, float16 or float32, each row's columns adjacent; float64 on CPU only.
     targets: (n_rows,) int64 or int32, in [0, V) or ignore_index, whose rows count for nothing.
-    softcap: c > 0, for c tanh(x / c); (A, B, C), for A σ((x + B) / C); or a learnt c, a float tensor of one element,
-        for all logits, or for the positive ones if there is a softcap_negative, a tensor like it.
+    softcap: 0 < c <= 1e4, for c tanh(x / c); (A, B, C), for A σ((x + B) / C); or a learnt c, a float tensor of one
+        element, for all logits, or for the positive ones if there is a softcap_negative, a tensor like it.
     weights: (n_rows,) float32, factors of the rows' losses. They get no gradient.
     reduction: "none" gives (n_rows,), "sum" and "mean" a scalar; the mean is over the weights of the rows not ignored,
         NaN if none is.
@@ -496,13 +500,14 @@ def softcapped_ce(
         RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right.
     check_targets: raise for a target out of range, which makes the host wait; else its row's loss is NaN.
     Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits and caps.
-    Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype.
+    Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
+    name = "softcapped_ce"
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"softcapped_ce: expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-    cap, caps = _softcapped_ce_validate("softcapped_ce", logits, targets, softcap, softcap_negative, weights, z_loss)
+        raise ValueError(f"{name}: expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
+    cap, caps = _softcapped_ce_validate(name, logits, targets, softcap, softcap_negative, weights, ignore_index, z_loss)
     if check_targets:
-        _softcapped_ce_check_targets("softcapped_ce", targets, logits.shape[1], ignore_index)
+        _softcapped_ce_check_targets(name, targets, logits.shape[1], ignore_index)
     wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
     if reduction == "mean":
         w = (targets != ignore_index).to(wide)
@@ -539,7 +544,7 @@ def softcapped_ce_and_grad(
     name = "softcapped_ce_and_grad"
     if isinstance(softcap, Tensor):
         raise TypeError(f"{name}: expected softcap in numbers (softcapped_ce learns caps), got a tensor")
-    cap, _ = _softcapped_ce_validate(name, logits, targets, softcap, None, weights, z_loss)
+    cap, _ = _softcapped_ce_validate(name, logits, targets, softcap, None, weights, ignore_index, z_loss)
     if grad_dtype not in ((None, logits.dtype) if inplace else (None, logits.dtype, torch.float8_e5m2)):
         or_8_bits = " with inplace" if inplace else " or torch.float8_e5m2"
         raise TypeError(f"{name}: expected grad_dtype {logits.dtype}{or_8_bits}, got {grad_dtype}")
@@ -558,50 +563,72 @@ def softcapped_ce_and_grad(
 
 
 def _softcapped_ce_validate(
-    name, logits, targets, softcap, softcap_negative, weights, z_loss
+    name, logits, targets, softcap, softcap_negative, weights, ignore_index, z_loss
 ) -> tuple[list[float], Tensor | None]:
     """A, B, C and floor of z = floor + A σ((x + B) / C); and tensor caps as (2,), for which A / C = 4."""
-
-    def expect(right: bool, error: type[Exception], expected: str) -> None:
-        if not right:
-            raise error(f"{name}: expected {expected}")
-
     got, wide = tuple(logits.shape), torch.promote_types(logits.dtype, torch.float32)
-    expect(logits.ndim == 2 and got[-1] > 0, ValueError, f"logits of shape (n_rows, V), got {got}")
+    if logits.ndim != 2 or got[-1] == 0:
+        raise ValueError(f"{name}: expected logits of shape (n_rows, V), got {got}")
     dtypes = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if logits.device.type == "cpu" else ()))
-    expected = "logits in bfloat16, float16 or float32 (float64 on CPU only)"
-    expect(logits.dtype in dtypes, TypeError, f"{expected}, got {logits.dtype} on {logits.device}")
-    adjacent = logits.stride(1) == 1 or got[1] == 1
-    expect(adjacent, ValueError, f"logits with adjacent columns, stride 1, got {logits.stride()}")
-    expected = f"targets in int64 or int32, got {targets.dtype}"
-    expect(targets.dtype in (torch.int64, torch.int32), TypeError, expected)
+    if logits.dtype not in dtypes:
+        expected = "logits in bfloat16, float16 or float32 (float64 on CPU only)"
+        raise TypeError(f"{name}: expected {expected}, got {logits.dtype} on {logits.device}")
+    if logits.stride(1) != 1 and got[1] != 1:
+        raise ValueError(f"{name}: expected logits with adjacent columns, stride 1, got {logits.stride()}")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{name}: expected targets as a tensor, got {type(targets).__name__}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected targets in int64 or int32, got {targets.dtype}")
     for what, tensor in (("targets", targets), ("weights", weights)):
-        if tensor is not None:
-            expected = f"{what} of shape ({got[0]},), one a row, got {tuple(tensor.shape)}"
-            expect(tensor.shape == got[:1], ValueError, expected)
-    if weights is not None:
-        expect(weights.dtype == wide, TypeError, f"weights in {wide}, got {weights.dtype}")
-        expect(not weights.requires_grad, ValueError, "weights that require no grad (they get none), got some that do")
-    for what, tensor in (("softcap", softcap), ("softcap_negative", softcap_negative)):
-        if isinstance(tensor, Tensor):
-            one = tensor.numel() == 1 and tensor.is_floating_point()
-            expected = f"{what}, as a tensor, to be one float, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            expect(one, ValueError, expected)
+        if tensor is not None and tensor.shape != got[:1]:
+            raise ValueError(f"{name}: expected {what} of shape ({got[0]},), one a row, got {tuple(tensor.shape)}")
+    if weights is not None and weights.dtype != wide:
+        raise TypeError(f"{name}: expected weights in {wide}, got {weights.dtype}")
+    if weights is not None and weights.requires_grad:
+        raise ValueError(f"{name}: expected weights that require no grad (they get none), got some that do")
     tensors = {"targets": targets, "weights": weights, "softcap": softcap, "softcap_negative": softcap_negative}
     for what, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            expect(tensor.device == logits.device, ValueError, f"{what} on {logits.device}, got {tensor.device}")
-    expect(0 <= z_loss < float("inf"), ValueError, f"z_loss >= 0, got {z_loss}")
+        if isinstance(tensor, Tensor) and tensor.device != logits.device:
+            raise ValueError(f"{name}: expected {what} on {logits.device}, got {tensor.device}")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"{name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not _softcapped_ce_is_number(z_loss):
+        raise TypeError(f"{name}: expected z_loss as a number, got {type(z_loss).__name__}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"{name}: expected z_loss >= 0, got {z_loss}")
+    return _softcapped_ce_validate_caps(name, softcap, softcap_negative, wide)
+
+
+def _softcapped_ce_validate_caps(name, softcap, softcap_negative, wide) -> tuple[list[float], Tensor | None]:
+    if softcap_negative is not None and not isinstance(softcap_negative, Tensor):
+        raise TypeError(f"{name}: expected softcap_negative as a tensor, got {type(softcap_negative).__name__}")
+    for what, tensor in (("softcap", softcap), ("softcap_negative", softcap_negative)):
+        if isinstance(tensor, Tensor) and not (tensor.numel() == 1 and tensor.is_floating_point()):
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name}: expected {what}, as a tensor, to be one float, got {got}")
     if isinstance(softcap, Tensor):
         both = (softcap, softcap if softcap_negative is None else softcap_negative)
         return [4.0, 0.0, 1.0, 0.0], torch.cat([c.reshape(1) for c in both]).to(wide)
-    expect(softcap_negative is None, TypeError, f"softcap as a tensor beside softcap_negative, got {softcap!r}")
+    numbers = softcap if isinstance(softcap, tuple) else (softcap,)
+    for number in numbers:  # a tensor among them would lose its gradient in silence
+        if not _softcapped_ce_is_number(number):
+            expected = "softcap as a number, a tuple of three or a tensor"
+            raise TypeError(f"{name}: expected {expected}, got {type(number).__name__}")
+    if softcap_negative is not None:
+        raise TypeError(f"{name}: expected softcap as a tensor beside softcap_negative, got {softcap!r}")
+    inf = float("inf")
     if isinstance(softcap, tuple):
-        right = len(softcap) == 3 and softcap[0] > 0 and softcap[2] > 0
-        expect(right, ValueError, f"softcap (A, B, C) with A > 0 and C > 0, got {softcap}")
-        return [*map(float, softcap), 0.0], None
-    expect(softcap > 0, ValueError, f"softcap > 0, got {softcap}")
+        if len(softcap) != 3 or not (0 < softcap[0] <= LARGEST and -inf < softcap[1] < inf and 0 < softcap[2] < inf):
+            expected = f"finite softcap (A, B, C) with 0 < A <= {LARGEST:g} and C > 0"
+            raise ValueError(f"{name}: expected {expected}, got {softcap}")
+        return [float(softcap[0]), float(softcap[1]), float(softcap[2]), 0.0], None
+    if not 0 < softcap <= LARGEST:
+        raise ValueError(f"{name}: expected 0 < softcap <= {LARGEST:g}, got {softcap}")
     return [2.0 * softcap, 0.0, 0.5 * softcap, -float(softcap)], None
+
+
+def _softcapped_ce_is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _softcapped_ce_check_targets(name: str, targets: Tensor, V: int, ignore_index: int) -> None:
@@ -620,6 +647,7 @@ SIZES = {
     "wide": (4, 9001),  # more than one block, with a ragged tail
     "high cap": (5, 260),  # sums need the row's maximum
     "record": (98304, 8192),
+    "record, 50304": (16384, 50304),
     "large": (262400, 8192),
 }
 

@@ -377,8 +377,9 @@ def xsa_gate(
     x: (N, W), W <= 64, in y's dtype, channels adjacent, such as stream[:, :W], and gate_weight: (H, W), contiguous, in
     y's dtype or float32, for z = x gate_weight^T; or gate_logits: (N, H), in y's dtype or float32, for z, when a gate
     reads the whole stream or has a bias. Neither: no gate.
+    gate_scale, amplitude: finite ints or floats. They get no gradient.
     Returns (N, H, d), contiguous, in y's dtype. Differentiable once, in all five tensors.
-    Raises ValueError for a shape, layout, device, number or combination, TypeError for a dtype.
+    Raises ValueError for a shape, layout, device, number or combination, TypeError for a dtype or another type.
     """
     if y.ndim != 3 or 0 in y.shape[1:] or y.shape[2] > 256:
         raise ValueError(f"xsa_gate: expected y of shape (N, H, d), d <= 256, got {tuple(y.shape)}")
@@ -412,6 +413,11 @@ def xsa_gate(
             raise ValueError(f"xsa_gate: expected {name} with adjacent channels, got strides {tensor.stride()}")
     if gate_weight is not None and not gate_weight.is_contiguous():
         raise ValueError(f"xsa_gate: expected a contiguous gate_weight, got strides {gate_weight.stride()}")
+    for name, number in (("gate_scale", gate_scale), ("amplitude", amplitude)):
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise TypeError(f"xsa_gate: expected {name} to be a number, got {number!r}")
+        if not abs(number) < float("inf"):
+            raise ValueError(f"xsa_gate: expected a finite {name}, got {number}")
     return _op(y, v, x, gate_weight, gate_logits, float(gate_scale), float(amplitude))
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numerics
+import numpy as np
 import pytest
 import torch
 import triton
@@ -31,12 +32,12 @@ FAULTS = [
     ("tile, mask=(rows < n_rows) & (cols < n_cols))", "tile, mask=(rows < n_rows - 1) & (cols < n_cols))"),
     ("for k in range(0, K, BLOCK_K):", "for k in range(BLOCK_K, K, BLOCK_K):"),
     ("_product(dy, down, False, negative_slope, dh", "_product(x, down, False, negative_slope, dh"),
-    ("return dh @ up, dh.t() @ x, dy.t() @ a", "return dh @ up, dh.t() @ dy, dy.t() @ a"),
-    ("return dh @ up, dh.t() @ x, dy.t() @ a", "return dh @ up, dh.t() @ x, x.t() @ a"),
+    ("none(0), dh.t() @ x if", "none(0), dh.t() @ dy if"),
+    ("none(0), dy.t() @ a if", "none(0), x.t() @ a if"),
     ("return a @ down.t(), a", "return a.sqrt() @ down.t(), a"),
     (
-        "return x.new_empty(x.shape), up.new_empty(up.shape)",
-        "return x.new_empty(x.shape), up.new_empty(up.shape[::-1])",
+        "(t.shape if w else (0,) for t, w in zip((x, up, down)",
+        "(t.shape if w else (0,) for t, w in zip((x, down, up)",
     ),
 ]
 
@@ -114,6 +115,44 @@ def test_not_a_number_stays_one(slope: float) -> None:
         assert results["d_up"].isnan().all() and results["d_x"][2].isnan().all()
 
 
+def frozen(inputs: dict[str, object], wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    """The gradients of the wanted tensors, the others frozen."""
+    leaves = {k: v.detach().requires_grad_(k in wanted) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    y = leaky_relu_sq_mlp(**leaves)
+    values = torch.cos(torch.arange(y.numel(), device=DEVICE)).bfloat16().view_as(y).to(y)
+    return dict(zip(wanted, torch.autograd.grad(y, [leaves[key] for key in wanted], values), strict=True))
+
+
+SUBSETS = [("x",), ("up",), ("down",), ("x", "up"), ("x", "down"), ("up", "down")]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=",".join)
+def test_frozen_inputs_cost_no_products(wanted: tuple[str, ...]) -> None:
+    inputs = arguments(20, 16, 24)
+    want = run(leaky_relu_sq_mlp, inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = frozen(inputs, wanted)
+    for key in wanted:
+        assert torch.equal(got[key], want[f"d_{key}"]), key
+    # Of six products a kernel has one of the forward and dh, eager none.
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+    assert products == (1 if TRITON_RUNS else 2 + bool({"x", "up"} & set(wanted))) + len(wanted)
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=",".join)
+def test_backward_op_without_products_is_registered_rightly(wanted: tuple[str, ...]) -> None:
+    x, up, down, slope = (v.detach() if isinstance(v, Tensor) else v for v in arguments(6, 8, 10).values())
+    kept = module._op(x, up, down, slope)[1]
+    flags = [key in wanted for key in ("x", "up", "down")]
+    torch.library.opcheck(module._op_backward, (torch.ones_like(x), x, up, down, kept, slope, *flags))
+
+
+def test_slope_of_numpy() -> None:
+    inputs = arguments(5, 8, 8)
+    got = leaky_relu_sq_mlp(**inputs | {"negative_slope": np.float64(0.5)})
+    assert torch.equal(got, leaky_relu_sq_mlp(**inputs))
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is refused on a GPU")
 def test_float64_is_the_reference_itself() -> None:
     inputs = arguments(30, 16, 20, dtype=torch.float64)
@@ -185,13 +224,47 @@ def test_fp8_survives_weights_of_zero() -> None:
 
 
 @needs_fp8
+def test_fp8_measures_every_row() -> None:
+    """A gradient, and an x, of odd rows only."""
+    inputs = arguments(8192, 16, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        inputs["x"][::2] = 0
+    leaves = [inputs[key] for key in ("x", "up", "down")]
+    dy = torch.cos(torch.arange(8192 * 16, device=DEVICE)).view(8192, 16).bfloat16() * 2.0**-30
+    dy[::2] = 0
+    got = torch.autograd.grad(leaky_relu_sq_mlp(*leaves, fp8=True), leaves, dy)
+    doubled = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad(leaky_relu_sq_mlp_ref(*doubled), doubled, dy.double())
+    for key, ours, truth in zip(("d_x", "d_up", "d_down"), got, want, strict=True):
+        numerics.assert_fp8_mlp(key, ours, truth)
+
+
+@needs_fp8
+def test_fp8_sums_of_more_blocks_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SUMS", 3)
+    x = torch.ones(4801, 16, device=DEVICE)  # ten blocks, the last ragged
+    sums, n = module._sums(x)
+    assert len(sums) == 3 and sums.sum().item() == n == x.numel()
+
+
+@needs_fp8
+@pytest.mark.parametrize("wanted", SUBSETS, ids=",".join)
+def test_fp8_frozen_inputs(wanted: tuple[str, ...]) -> None:
+    inputs = arguments(32, 16, 48, dtype=torch.bfloat16) | {"fp8": True}
+    got, want = frozen(inputs, wanted), run(leaky_relu_sq_mlp, inputs)
+    for key in wanted:
+        assert torch.equal(got[key], want[f"d_{key}"]), key
+
+
+@needs_fp8
 def test_fp8_op_is_registered_rightly() -> None:
     inputs = arguments(32, 16, 48, dtype=torch.bfloat16)
     tensors = [inputs[key] for key in ("x", "up", "down")]
     tests = ("test_autograd_registration", "test_faketensor")  # the others calculate with 8-bit floats
     torch.library.opcheck(module._op_fp8, (*tensors, 0.5), test_utils=tests)
     kept = [t.detach() for t in module._op_fp8(*tensors, 0.5)[1:]]
-    torch.library.opcheck(module._op_fp8_backward, (inputs["x"].detach(), *kept, 0.5), test_utils=tests)
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(module._op_fp8_backward, (inputs["x"].detach(), *kept, 0.5, *wanted), test_utils=tests)
 
 
 @needs_fp8
@@ -221,6 +294,11 @@ REFUSED = {
     "down transposed": ({"down": torch.zeros(8, 16).t()}, ValueError, r"contiguous down, got strides \(1, 16\)"),
     "slope as a tensor": ({"negative_slope": torch.tensor(0.5)}, TypeError, "negative_slope to be a number"),
     "slope as a bool": ({"negative_slope": True}, TypeError, "negative_slope to be a number, got True"),
+    "slope without end": ({"negative_slope": -math.inf}, ValueError, "finite negative_slope, got -inf"),
+    "slope not a number": ({"negative_slope": math.nan}, ValueError, "finite negative_slope, got nan"),
+    "x as a list": ({"x": [1.0]}, TypeError, r"x to be a tensor, got \[1.0\]"),
+    "no up": ({"up": None}, TypeError, "up to be a tensor, got None"),
+    "no down": ({"down": None}, TypeError, "down to be a tensor, got None"),
     "fp8 of no kind": ({"fp8": 1}, TypeError, "fp8 to be a bool, got 1"),
     "fp8 on float32": ({"fp8": True}, TypeError, "bfloat16 or float16 for fp8, got torch.float32"),
 }

@@ -157,12 +157,55 @@ def test_int32_targets_and_no_rows() -> None:
     assert empty["loss"] == 0 and empty["x"].shape == (0, 16) and not empty["weight"].any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and not module.INTERPRETED, reason="the eager CPU path raises instead")
-def test_target_out_of_range_is_nan_in_its_row_alone() -> None:
-    tensors = detached(arguments(3, 40, 16))
-    tensors["targets"][1] = 40
-    loss = linear_softcapped_ce(**tensors, reduction="none")
+@pytest.mark.parametrize("bad", [40, -1, 2**40])
+def test_target_out_of_range_is_nan_in_its_row_alone(bad: int) -> None:
+    """But dweight, a sum over the rows, is NaN as a whole."""
+    tensors = arguments(3, 40, 16)
+    tensors["targets"][1] = bad
+    loss = linear_softcapped_ce(**detached(tensors), reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
+    got = results(linear_softcapped_ce, tensors, reduction="sum")
+    assert got["x"].isnan().any(1).tolist() == [False, True, False] and got["weight"].isnan().all()
+
+
+def test_nan_in_an_ignored_row() -> None:
+    """Its loss is 0, and so is its gradient in plain PyTorch; the kernels multiply what they have read by 0."""
+    tensors = arguments(4, 40, 16)
+    tensors["targets"][1] = -100
+    with torch.no_grad():
+        tensors["x"][1, 3] = float("nan")
+    loss = linear_softcapped_ce(**detached(tensors), reduction="none")
+    assert loss[1] == 0 and loss.isfinite().all()
+    got = results(linear_softcapped_ce, tensors)
+    assert got["loss"].isfinite() and got["x"][[0, 2, 3]].isfinite().all()
+    if DEVICE == "cpu" and not module.INTERPRETED:
+        assert not got["x"][1].any() and got["weight"].isfinite().all()
+
+
+def test_compiles_with_numbers_that_change() -> None:
+    def call(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        return linear_softcapped_ce(x, weight, targets, softcap)
+
+    torch._dynamo.reset()
+    whole = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N, softcap in ((5, 30.0), (6, 15.0), (7, 20)):
+        tensors = arguments(N, 40, 16)
+        got, want = (results(fn, tensors, softcap=softcap) for fn in (whole, call))
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_fp8_of_no_rows() -> None:
+    tensors = detached(arguments(0, 40, 16, torch.bfloat16))
+    total, rows, raw, _, dweight = module._forward(*tensors.values(), None, 30.0, -100, True, True, True)
+    assert total == 0 and rows.shape == (0,) and raw.shape == (0, 16) and not dweight.any()
+
+
+def test_weights_to_learn_where_nothing_is_differentiated() -> None:
+    tensors = detached(arguments(4, 40, 16))
+    weights = torch.linspace(0.5, 2, 4, device=DEVICE)
+    want = linear_softcapped_ce(**tensors, weights=weights)
+    with torch.no_grad():
+        assert torch.equal(linear_softcapped_ce(**tensors, weights=weights.clone().requires_grad_()), want)
 
 
 def test_check_targets_names_the_row() -> None:
@@ -210,17 +253,22 @@ REFUSED = {
     "another D": ({"weight": torch.zeros(5, 15)}, ValueError, r"weight of shape \(V, 16\), got \(5, 15\)"),
     "no vocabulary": ({"weight": torch.zeros(0, 16)}, ValueError, r"weight of shape \(V, 16\), got \(0, 16\)"),
     "float16": ({"x": HALF}, TypeError, "got x in torch.float16"),
-    "two dtypes": ({"weight": torch.zeros(5, 16).bfloat16()}, TypeError, "got weight in torch.bfloat16"),
+    "two dtypes": ({"weight": torch.zeros(5, 16).bfloat16()}, TypeError, "weight in torch.float32 as x, got torch.bf"),
     "columns apart": ({"x": torch.zeros(16, 4).t()}, ValueError, r"x with adjacent columns, got strides \(1, 4\)"),
     "too few targets": ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"targets of shape \(4,\).*\(3,\)"),
+    "targets in a list": ({"targets": [0, 1, 2, 3]}, TypeError, "targets as a tensor, got list"),
     "float targets": ({"targets": torch.zeros(4)}, TypeError, "int64 or int32, got torch.float32"),
     "targets elsewhere": ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
     "a weight a column": ({"weights": torch.ones(5)}, ValueError, r"weights of shape \(4,\).*\(5,\)"),
     "whole weights": ({"weights": torch.ones(4, dtype=torch.int64)}, TypeError, "got torch.int64"),
-    "weights to learn": ({"weights": torch.ones(4, requires_grad=True)}, TypeError, "without gradient"),
+    "weights to learn": ({"weights": torch.ones(4, requires_grad=True)}, ValueError, "weights that require no grad"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap <= 64, got 0.0"),
     "softcap 65": ({"softcap": 65.0}, ValueError, "softcap <= 64, got 65.0"),
     "softcap nan": ({"softcap": float("nan")}, ValueError, "softcap <= 64, got nan"),
+    "softcap inf": ({"softcap": float("inf")}, ValueError, "softcap <= 64, got inf"),
+    "softcap to learn": ({"softcap": torch.ones(1)}, TypeError, "softcap as a number, got Tensor"),
+    "three numbers": ({"softcap": (23.0, 5.0, 7.5)}, TypeError, "softcap as a number, got tuple"),
+    "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index as an int, got float"),
     "reduction": ({"reduction": "average"}, ValueError, "got 'average'"),
     "fp8 on a CPU": ({"fp8": True}, ValueError, "compute capability 8.9 for fp8, got cpu"),
     "a gradient a row": ({"x": torch.zeros(4, 16, requires_grad=True), "reduction": "none"}, ValueError, "no gradient"),

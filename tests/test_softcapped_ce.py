@@ -368,6 +368,39 @@ def test_target_out_of_range_is_nan_in_its_row_alone(bad: int) -> None:
         softcapped_ce_and_grad(logits, targets, check_targets=True)
 
 
+@pytest.mark.parametrize("upstream", [None, 1.0])
+def test_nan_in_an_ignored_row_stays_out_of_the_others(upstream: float | None) -> None:
+    """Its loss is 0, and so is its gradient in plain PyTorch; the kernel multiplies what it has read by 0."""
+    logits, targets = logits_and_targets(4, 300)
+    targets[1] = -100
+    with torch.no_grad():
+        logits[1, 17] = float("nan")
+    fn = softcapped_ce if upstream is None else promising(upstream)
+    in_pytorch = DEVICE == "cpu" and not module.INTERPRETED
+    for arguments in ({}, {"z_loss": 1e-3}, two_caps() if in_pytorch else {}):
+        got = results(fn, logits, targets, reduction="none", **arguments)
+        assert got["loss"][1] == 0 and got["loss"].isfinite().all()
+        others = got["d_logits"][[0, 2, 3]]
+        assert others.isfinite().all() and others.any(1).all()
+        if in_pytorch:
+            assert not got["d_logits"][1].any()
+            assert all(value.isfinite().all() for value in got.values())
+
+
+def test_compiles_with_numbers_that_change() -> None:
+    """dynamic=True makes symbols of the sizes and of the caps and z_loss alike."""
+
+    def call(x: Tensor, t: Tensor, softcap: object, z_loss: float) -> Tensor:
+        return softcapped_ce(x, t, softcap, z_loss=z_loss)
+
+    torch._dynamo.reset()
+    whole = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n_rows, softcap, z_loss in ((5, 30.0, 1e-3), (6, 15.0, 1e-4), (7, (23.0, 5.0, 7.5), 0.5), (8, 20, 0)):
+        logits, targets = logits_and_targets(n_rows, 40 + n_rows)
+        got, want = (results(fn, logits, targets, softcap, z_loss) for fn in (whole, call))
+        assert_equal(got, want)
+
+
 def test_no_rows() -> None:
     logits, targets = logits_and_targets(0, 40)
     for fn in (softcapped_ce, promising(1.0)):
@@ -385,18 +418,36 @@ REFUSED = {
     "too few targets": ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(4,\).*got \(3,\)"),
     "float targets": ({"targets": torch.zeros(4)}, TypeError, "int64 or int32, got torch.float32"),
     "targets elsewhere": ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
-    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap > 0, got 0.0"),
-    "softcap nan": ({"softcap": float("nan")}, ValueError, "softcap > 0, got nan"),
+    "targets in a list": ({"targets": [0, 1, 2, 3]}, TypeError, "targets as a tensor, got list"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "0 < softcap <= 10000, got 0.0"),
+    "softcap nan": ({"softcap": float("nan")}, ValueError, "0 < softcap <= 10000, got nan"),
+    "softcap inf": ({"softcap": float("inf")}, ValueError, "0 < softcap <= 10000, got inf"),
+    "softcap 20000": ({"softcap": 20000}, ValueError, "0 < softcap <= 10000, got 20000"),
+    "softcap in a list": ({"softcap": [30.0]}, TypeError, "softcap as a number, .* got list"),
+    "no softcap": ({"softcap": None}, TypeError, "softcap as a number, .* got NoneType"),
+    "softcap true": ({"softcap": True}, TypeError, "softcap as a number, .* got bool"),
+    "A to learn": ({"softcap": (torch.ones(1), 5.0, 7.5)}, TypeError, "softcap as a number, .* got Tensor"),
+    "A = 20000": ({"softcap": (2e4, 5.0, 7.5)}, ValueError, r"0 < A <= 10000 .* got \(20000.0, 5.0, 7.5\)"),
+    "B infinite": ({"softcap": (23.0, float("-inf"), 7.5)}, ValueError, r"finite .* got \(23.0, -inf, 7.5\)"),
+    "C infinite": ({"softcap": (23.0, 5.0, float("inf"))}, ValueError, r"finite .* got \(23.0, 5.0, inf\)"),
     "two numbers": ({"softcap": (23.0, 5.0)}, ValueError, r"\(A, B, C\) .* got \(23.0, 5.0\)"),
     "C = 0": ({"softcap": (23.0, 5.0, 0.0)}, ValueError, r"C > 0, got \(23.0, 5.0, 0.0\)"),
     "many caps": ({"softcap": torch.ones(2)}, ValueError, r"one float, got torch.float32 of shape \(2,\)"),
     "integer cap": ({"softcap": torch.ones(1).int()}, ValueError, "one float, got torch.int32"),
     "cap elsewhere": ({"softcap": torch.ones(1, device="meta")}, ValueError, "softcap on cpu, got meta"),
     "second cap alone": ({"softcap_negative": torch.ones(1)}, TypeError, "as a tensor beside .* got 30.0"),
+    "second cap a number": (
+        {"softcap": torch.ones(1), "softcap_negative": 30.0},
+        TypeError,
+        "softcap_negative as a tensor, got float",
+    ),
     "weights in bfloat16": ({"weights": torch.ones(4).bfloat16()}, TypeError, "float32, got torch.bfloat16"),
     "too few weights": ({"weights": torch.ones(3)}, ValueError, r"weights of shape \(4,\).*got \(3,\)"),
     "weights to learn": ({"weights": torch.ones(4).requires_grad_()}, ValueError, "require no grad"),
     "z_loss < 0": ({"z_loss": -1.0}, ValueError, "z_loss >= 0, got -1.0"),
+    "z_loss a tensor": ({"z_loss": torch.ones(())}, TypeError, "z_loss as a number, got Tensor"),
+    "z_loss true": ({"z_loss": True}, TypeError, "z_loss as a number, got bool"),
+    "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index as an int, got float"),
     "reduction": ({"reduction": "average"}, ValueError, "got 'average'"),
 }
 REFUSED_AND_GRAD = {

@@ -171,6 +171,11 @@ REFUSED = {
     "channels apart": ({"v": torch.zeros(3, 8, 2).mT}, ValueError, r"v with adjacent.*got strides \(16, 1, 2\)"),
     "weight apart": ({"gate_weight": torch.zeros(4, 6)[:, :5]}, ValueError, r"contiguous gate_weight.*\(6, 1\)"),
     "elsewhere": ({"x": torch.zeros(3, 5, device="meta")}, ValueError, "got meta"),
+    "scale as a tensor": ({"gate_scale": torch.ones((), requires_grad=True)}, TypeError, "gate_scale to be a number"),
+    "amplitude as a tensor": ({"amplitude": torch.tensor(2.0)}, TypeError, "amplitude to be a number, got tensor"),
+    "scale as a bool": ({"gate_scale": True}, TypeError, "gate_scale to be a number, got True"),
+    "scale without end": ({"gate_scale": math.inf}, ValueError, "finite gate_scale, got inf"),
+    "amplitude not a number": ({"amplitude": math.nan}, ValueError, "finite amplitude, got nan"),
 }
 
 

@@ -15,11 +15,11 @@ a subtraction make both, exactly and without a conversion. 1.9 instructions a we
 
 x (..., K) bfloat16, float16 or float32, K a multiple of 128; packed (N, 3K/4) uint8; scale (N,) float16 or float32; A
 (R, K) and B (N, R), R <= 64, in x's dtype. Returns (..., N) in x's dtype. Products are accumulated in float32 (q is
-exact in all three dtypes); the scale is applied once, after the sum. Up to SMALL_M rows of x the weights are never
-unpacked to memory: the sum over k is split among programs, whose shares a second kernel adds in a fixed order, so that
-results repeat bitwise; that kernel also adds the low-rank term, from x A^T, a small GEMM. Above, where arithmetic
+exact in all three dtypes); the scale is applied once, after the sum. Up to SMALL_M rows of 16-bit x the weights are
+never unpacked to memory: the sum over k is split among programs, whose shares a second kernel adds in a fixed order, so
+that results repeat bitwise; that kernel also adds the low-rank term, from x A^T, a small GEMM. Above, where arithmetic
 outweighs their bytes, one kernel dequantises the weights into x's dtype, N K elements of scratch, for the ordinary
-GEMM; so does the backward.
+GEMM; so does the backward, and so any number of rows in float32, where the order of such long sums is too coarse.
 
 Must move: 3/4 byte a weight, x and y once. Replaces a dequantised copy of the weights (2 bytes each) and F.linear.
 Refuses: gradients of packed, scale and lowrank (weights are frozen; the one of x is there for adapters trained around
@@ -181,10 +181,7 @@ def _int6_linear_kernel(
             v = p0 if j < 2 else (p1 if j < 4 else (p2 if j < 6 else p3))
             q = _weights(v, j % 2 == 1, OPERAND, ASM_HIGH if j % 2 else ASM_LOW)
             x = tl.load(x_ptrs + j * E, mask=mask, other=0.0).to(OPERAND)
-            if OPERAND == tl.float32:  # in pieces: one long chain of roundings would be the largest error
-                acc += tl.dot(q, x, input_precision="ieee")
-            else:
-                acc = tl.dot(q, x, acc)
+            acc = tl.dot(q, x, acc)
         packed_ptrs += BLOCK_I
         x_ptrs += BLOCK_I
     tl.store(shares_ptr + (split * M + m) * N + n, acc, mask=x_mask & (n < N))
@@ -242,7 +239,7 @@ def _dequantise_kernel(packed_ptr, scale_ptr, w_ptr, E, BLOCK_I: tl.constexpr):
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
 INTERPRETED = not isinstance(_int6_linear_kernel, triton.runtime.JITFunction)
-_OPERAND = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_OPERAND = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # What the compiler does not find by itself: both halves of a register at once. 0xEA is (a & b) | c.
 _FOURTH = """{ .reg .b32 a, b, c; shr.b32 a, $1, 6; shr.b32 b, $2, 4; shr.b32 c, $3, 2; and.b32 a, a, 0x03030303;
@@ -253,7 +250,7 @@ lop3.b32 u, {source}, 0x003F003F, {magic}, 0xEA; fma.rn.{kind} $0, u, one, less;
 
 def _asm(dtype: torch.dtype) -> tuple[str | None, ...]:
     """Assembly of `_weights` for low and high bytes and of `_fourth`; None for Triton's own operations."""
-    if INTERPRETED or dtype == torch.float32:
+    if INTERPRETED:
         return None, None, None
     if dtype == torch.bfloat16:  # 128, 1 and -160
         values = {"kind": "bf16x2", "magic": "0x43004300", "one": "0x3F803F80", "less": "0xC320C320"}
@@ -294,7 +291,7 @@ def _as_given(launcher: Callable) -> Callable:
 @_as_given
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     (M, K), N = x.shape, packed.shape[0]
-    if M > SMALL_M:
+    if M > SMALL_M or x.dtype == torch.float32:
         y = F.linear(x, _dequantise(packed, scale, x.dtype))
         return y if a is None else y + F.linear(F.linear(x, a), b)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -395,7 +392,7 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tens
     """
     _check_packed("int6_linear", packed)
     N, K = packed.shape[0], packed.shape[1] // 3 * 4
-    if x.dtype not in _OPERAND:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"int6_linear: x must be bfloat16, float16 or float32, got {x.dtype}")
     if scale.dtype not in (torch.float16, torch.float32):
         raise TypeError(f"int6_linear: scale must be float16 or float32, got {scale.dtype}")

@@ -3,7 +3,7 @@
 import numerics
 import pytest
 import torch
-from test_contract import DEVICE, TRITON_RUNS
+import triton
 
 from niblick.kernels.int6_linear import (
     SMALL_M,
@@ -13,6 +13,9 @@ from niblick.kernels.int6_linear import (
     int6_pack,
     int6_unpack,
 )
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_RUNS = DEVICE == "cuda" or triton.knobs.runtime.interpret
 
 FAULTS = [
     ("& 63) - 32)", "& 31) - 32)"),
@@ -149,7 +152,7 @@ def test_linear_refuses(change: dict, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize("M", [1, 15, 16, 17, SMALL_M, SMALL_M + 1])
 def test_any_number_of_rows(M: int) -> None:
     with torch.no_grad():
-        inputs = int6_linear_inputs((M, 35, 256), torch.float32, DEVICE, seed=M)
+        inputs = int6_linear_inputs((M, 35, 256), torch.bfloat16, DEVICE, seed=M)
         wide = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
         got, eager, f64 = int6_linear(**inputs), int6_linear_ref(**inputs), int6_linear_ref(**wide)
     numerics.assert_matches_f64("int6_linear", got, eager, f64)
@@ -165,21 +168,21 @@ def test_refuses_an_odd_address() -> None:
 @pytest.mark.parametrize("rank", [1, 16, 17, 64])
 @pytest.mark.parametrize("M", [1, 17, SMALL_M + 1])
 def test_any_rank(M: int, rank: int) -> None:
-    inputs = int6_linear_inputs((M, 35, 256, rank), torch.float32, DEVICE, seed=rank)
+    inputs = int6_linear_inputs((M, 35, 256, rank), torch.bfloat16, DEVICE, seed=rank)
     results = []
     for fn, dtype in ((int6_linear, None), (int6_linear_ref, None), (int6_linear_ref, torch.float64)):
-        x = inputs["x"].detach().to(dtype or torch.float32).requires_grad_()
+        x = inputs["x"].detach().to(dtype or torch.bfloat16).requires_grad_()
         y = fn(**inputs | {"x": x})
         results.append((y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]))
     for name, *three in zip(("y", "dx"), *results, strict=True):
-        numerics.assert_matches_f64(name, *three)
+        numerics.assert_like_eager(name, *three)  # x A^T is rounded in between
 
 
 @pytest.mark.parametrize("K", [128, 640, 1152, 2048])
 def test_any_depth(K: int) -> None:
     """Strips that no block divides, and splits that leave one of them short."""
     with torch.no_grad():
-        inputs = int6_linear_inputs((3, 9, K), torch.float32, DEVICE, seed=K)
+        inputs = int6_linear_inputs((3, 9, K), torch.bfloat16, DEVICE, seed=K)
         wide = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
         numerics.assert_matches_f64(
             "int6_linear", int6_linear(**inputs), int6_linear_ref(**inputs), int6_linear_ref(**wide)

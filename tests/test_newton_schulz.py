@@ -49,8 +49,9 @@ def test_the_reference_is_the_optimizers(name: str) -> None:
 
 def test_a_matrix_does_not_see_its_neighbours() -> None:
     g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    alone = torch.cat((torch.zeros_like(g[:2]), g[2:]))  # as many matrices, or the library might choose another kernel
     g[1] *= 1e4
-    assert torch.equal(newton_schulz(g)[2], newton_schulz(g[2:])[0])
+    assert torch.equal(newton_schulz(g)[2], newton_schulz(alone)[2])
 
 
 def test_zero_matrices_and_no_matrices() -> None:

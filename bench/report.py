@@ -1,13 +1,24 @@
-"""What a run shows: a table on the terminal, the table of README.md between its markers, one plot a kernel."""
+"""What a run shows: a table on the terminal, the table of README.md between its markers, one plot a kernel.
 
+    python -m niblick.bench.report bench/results/DATE-CARD-kernels.jsonl
+
+writes table and plots again from the last run of a file, for example of one that a machine without a checkout left.
+"""
+
+import json
 import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
+from niblick.bench import results_file
 from niblick.bench.ceilings import Ceilings
 from niblick.bench.measure import Outcome
+from niblick.data.command_line import guarded, parse
 from niblick.data.errors import DataError
 from niblick.model.files import write_atomically
 
@@ -90,12 +101,12 @@ def readme_lines(outcomes: Outcomes, start: dict[str, object], ceilings: Ceiling
         "| kernel | size | roof | niblick | " + " | ".join(_heading(who, chosen) for who in others) + " |",
         "|" + "---|" * (4 + len(others)),
     ]
-    for (kernel, _), by_who in chosen.items():
+    for (kernel, size), by_who in chosen.items():
         rivals = [_cell(by_who.get(who)) for who in others]
         for who in (who for who in by_who if who.startswith("niblick")):
             record = whole(by_who[who])
             variant = who.removeprefix("niblick")
-            facts = _facts(record) if record else ["", ""]
+            facts = _facts(record) if record else [size, ""]
             lines.append(f"| `{kernel}`{variant} | {' | '.join([*facts, _cell(by_who[who], bold=True), *rivals])} |")
             rivals = [""] * len(others)
     return lines
@@ -165,3 +176,46 @@ def write_plots(folder: Path, outcomes: Outcomes, start: dict[str, object]) -> l
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "niblick"}):
             figure.savefig(paths[-1], metadata={"Date": None})
     return paths
+
+
+# ---- from a file ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arguments:
+    results: tyro.conf.Positional[Path]
+    """JSON lines of niblick.bench.run."""
+    readme: Path = results_file.ROOT / "README.md"
+    plots: Path = results_file.FOLDER / "plots"
+
+
+def read_run(path: Path) -> tuple[Outcomes, dict[str, object], Ceilings]:
+    """The last run of a file. DataError where it is none."""
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        first = max(i for i, record in enumerate(records) if record["event"] == "start")
+        start, outcomes = records[first], {}
+        for record in records[first + 1 :]:
+            by_who = outcomes.setdefault((record["kernel"], record["size_name"]), {})
+            outcome = by_who.setdefault(record["who"], Outcome(record.get("status", "timed")))
+            if record["event"] == "kernel":
+                outcome.records[record["direction"]] = record
+        best: dict[str, float] = {}
+        for product in start["products"]:
+            best[product["dtype"]] = max(best.get(product["dtype"], 0.0), product["tflops"] * 1e12)
+        return outcomes, start, Ceilings(start["copy_tb_per_s"] * 1e12, best, start["products"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected the JSON lines of a run of niblick.bench.run: {error!r}") from error
+
+
+def main(words: list[str]) -> None:
+    arguments = parse(Arguments, words, script="niblick.bench.report", about=__doc__)
+    outcomes, start, ceilings = read_run(arguments.results)
+    write_readme(arguments.readme, outcomes, start, ceilings)
+    print(f"{arguments.readme}: table written")
+    for path in write_plots(arguments.plots, outcomes, start):
+        print(f"drawn: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("niblick.bench.report", main, sys.argv[1:]))

@@ -386,13 +386,31 @@ def test_readme_table_stands_between_its_markers_and_nothing_else_changes(tmp_pa
         assert "old" not in text and text.count("<!-- bench -->") == 1
     table = [line for line in text.splitlines() if line.startswith("|")][1:]
     assert table[0] == "| kernel | size | roof | niblick | eager | Liger |"
-    assert table[2] == "| `a` |  |  | red |  |  |"
+    assert table[2] == "| `a` | record |  | red |  |  |"
     assert table[3] == "| `k` | 98304×512 | 2 (bytes) | **4** (50 %) | 20 (10 %) | missing |"
     assert table[4] == "| `k`, one pass | 98304×512 | 2 (bytes) | **2** (100 %) |  |  |"
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1
     assert "NVIDIA H200" in text and "4.00 TB/s" in text and "commit 0123456789ab. " in text
     dirty = START | {"commit": START["commit"] + "-dirty"}
     assert "commit 0123456789ab-dirty." in report.readme_lines(outcomes_for_readme(), dirty, CEILINGS)[0]
+
+
+def test_the_table_can_be_written_again_from_the_results(tmp_path: Path) -> None:
+    outcomes, file = outcomes_for_readme(), tmp_path / "results.jsonl"
+    session = SimpleNamespace(outcomes=outcomes)
+    for (kernel, size), by_who in outcomes.items():
+        for who, outcome in by_who.items():
+            for direction, record in outcome.records.items():
+                record |= {"kernel": kernel, "size_name": size, "who": who, "direction": direction}
+    products = [{"dtype": "bfloat16", "mkn": [1, 2, 3], "ms": 1.0, "tflops": CEILINGS.flops_per_s["bfloat16"] / 1e12}]
+    start = START | {"event": "start", "copy_tb_per_s": CEILINGS.bytes_per_s / 1e12, "products": products}
+    results_file.append(file, [start | {"card": "an older run"}, {"event": "kernel"}, start, *run.records(session)])
+    again, found, ceilings = report.read_run(file)
+    assert found["card"] == START["card"] and ceilings.bytes_per_s == CEILINGS.bytes_per_s
+    assert report.readme_lines(again, found, ceilings)[1:] == report.readme_lines(outcomes, START, CEILINGS)[1:]
+    file.write_text("{}")
+    with pytest.raises(DataError, match=r"results\.jsonl: expected the JSON lines of a run"):
+        report.read_run(file)
 
 
 @pytest.mark.parametrize("text", ["no markers", "<!-- bench --> only", "<!-- /bench --> <!-- bench -->",

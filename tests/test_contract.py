@@ -434,18 +434,6 @@ def rejected(module: ModuleType, name: str) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------- eager, on the CPU
-
-
-@pytest.mark.skipif(not TRITON_RUNS or DEVICE == "cuda", reason="starts itself")
-def test_contract_without_the_interpreter() -> None:
-    """The same contract for the eager CPU implementations, and the compiler's word on the Triton code."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", __file__, "-k", "not proves"]
-    eager = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=eager, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 # ---------------------------------------------------------------------------------------------------- only on a card
 
 

@@ -8,6 +8,7 @@ compiled first and stay alive; then they take turns, so that a drift of the card
 On a GPU the records are appended to bench/results/DATE-CARD-price.jsonl.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -398,4 +399,5 @@ def command(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
     sys.exit(command(sys.argv[1:]))

@@ -11,6 +11,7 @@ Exit status 1: a kernel is red or failed, or --benchmark-compare-fail found it s
 import contextlib
 import io
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -149,4 +150,5 @@ def command(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
     sys.exit(command(sys.argv[1:]))

@@ -60,7 +60,7 @@ def embed_smear_norm_ref(
     h = torch.where(valid[:, None], table.to(wide)[torch.where(valid, token_ids, 0).long()], torch.nan)
     if smear_weight is not None:
         s = torch.sigmoid(h[:, : len(smear_weight)] @ smear_weight.to(wide))
-        m = torch.ones_like(valid) if bos_id is None else token_ids != bos_id
+        m = torch.ones_like(valid) if bos_id is None else token_ids.long() != bos_id
         previous = torch.cat((torch.zeros_like(h[:1]), h[:-1]))
         h = h + torch.where(m[:, None], (smear_scale.to(wide) * s)[:, None] * previous, 0.0)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(table.dtype)
@@ -316,7 +316,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -429,7 +429,7 @@ def _smeared(
         return x, torch.zeros_like(x), None
     taken = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     if bos_id is not None:
-        taken = torch.where((keys == bos_id)[:, None], 0.0, taken)
+        taken = torch.where((keys.long() == bos_id)[:, None], 0.0, taken)
     s = torch.sigmoid(x[:, : len(smear_weight)] @ smear_weight.to(wide))
     return x + (smear_scale.to(wide) * s)[:, None] * taken, taken, s
 
@@ -454,7 +454,7 @@ def _backward_eager(
         w, λ = smear_weight.to(wide), smear_scale.to(wide)
         a = (dh * taken).sum(-1)
         u = λ * s * (1 - s) * a
-        takes = keys != bos_id if bos_id is not None else torch.ones_like(keys, dtype=torch.bool)
+        takes = keys.long() != bos_id if bos_id is not None else torch.ones_like(keys, dtype=torch.bool)
         back = torch.where(takes, λ * s, 0.0)[:, None] * dh  # what row t hands to row t - 1
         dx = dh + torch.cat((back[1:], torch.zeros_like(back[:1])))
         dx[:, :W] += u[:, None] * w
@@ -530,8 +530,13 @@ def embed_smear_norm(
     smear_weight: (W,), 1 <= W <= D, elements adjacent. smear_scale: (1,), λ. Each in any of these dtypes, but float64
     with float64. Both None: no smear. bos_id: the id that starts a document; None, and only None, is no mask.
     Returns (N, D) in the table's dtype. Differentiable once, in table, smear_weight and smear_scale.
-    Raises ValueError for a shape, layout, device, eps or id, TypeError for a dtype or a bos_id that is no integer.
+    eps: a finite number >= 0.
+    Raises ValueError for a shape, layout, device, number or id, TypeError for a dtype or an argument of another type.
     """
+    named = {"table": table, "token_ids": token_ids, "smear_weight": smear_weight, "smear_scale": smear_scale}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("table", "token_ids")):
+            raise TypeError(f"embed_smear_norm: expected {name} to be a tensor, got {tensor!r}")
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"embed_smear_norm: expected table of shape (V, D), got {tuple(table.shape)}")
     if token_ids.ndim != 1:
@@ -539,7 +544,8 @@ def embed_smear_norm(
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"embed_smear_norm: expected token_ids in int64 or int32, got {token_ids.dtype}")
     if (smear_weight is None) != (smear_scale is None):
-        raise ValueError("embed_smear_norm: expected both of smear_weight and smear_scale, or neither")
+        missing = "smear_weight" if smear_weight is None else "smear_scale"
+        raise ValueError(f"embed_smear_norm: expected both of smear_weight and smear_scale or none, got no {missing}")
     given = [("table", table)]
     if smear_weight is not None:
         given += [("smear_weight", smear_weight), ("smear_scale", smear_scale)]
@@ -562,8 +568,12 @@ def embed_smear_norm(
             raise ValueError(f"embed_smear_norm: expected {name} on {table.device}, got {tensor.device}")
     if bos_id is not None and type(bos_id) is not int:
         raise TypeError(f"embed_smear_norm: expected bos_id to be an int, or None for no mask, got {bos_id!r}")
-    if not eps >= 0:
-        raise ValueError(f"embed_smear_norm: expected eps >= 0, got {eps}")
+    if bos_id is not None and not -(2**63) <= bos_id < 2**63:
+        raise ValueError(f"embed_smear_norm: expected bos_id in 64 bits, got {bos_id}")
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise TypeError(f"embed_smear_norm: expected eps to be a number, got {eps!r}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"embed_smear_norm: expected a finite eps >= 0, got {eps}")
     if check_ids:
         bad = ((token_ids < 0) | (token_ids >= len(table))).nonzero()
         if len(bad):

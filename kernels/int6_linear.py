@@ -56,10 +56,12 @@ LAUNCH = {
 def int6_pack(q: Tensor) -> Tensor:
     """(N, K) integers in [-31, 31] to (N, 3K/4) uint8. For use offline: it looks at the values, so it synchronises.
 
-    Raises: TypeError if q is not of integers, ValueError for a shape or a value out of range, naming the first one.
+    Raises: TypeError if q is not a tensor of signed integers, ValueError for a shape or a value out of range, naming
+    the first one.
     """
-    if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
-        raise TypeError(f"int6_pack: q must be of integers, got {q.dtype}")
+    _check_tensor("int6_pack", "q", q)
+    if q.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"int6_pack: q must be of signed integers, got {q.dtype}")
     if q.ndim != 2 or q.shape[1] == 0 or q.shape[1] % GROUP:
         raise ValueError(f"int6_pack: q must be (N, K) with K a positive multiple of {GROUP}, got {tuple(q.shape)}")
     outside = (q < -31) | (q > 31)
@@ -75,7 +77,7 @@ def int6_pack(q: Tensor) -> Tensor:
 def int6_unpack(packed: Tensor) -> Tensor:
     """(N, 3K/4) uint8 to (N, K) int8, the inverse of `int6_pack`.
 
-    Raises: TypeError for a dtype, ValueError for a shape or stride.
+    Raises: TypeError for a dtype or what is no tensor, ValueError for a shape or stride.
     """
     _check_packed("int6_unpack", packed)
     N, E = packed.shape[0], packed.shape[1] // 6
@@ -85,7 +87,13 @@ def int6_unpack(packed: Tensor) -> Tensor:
     return u.view(N, 8 * E).to(torch.int8) - 32
 
 
+def _check_tensor(caller: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {value!r}")
+
+
 def _check_packed(caller: str, packed: Tensor) -> None:
+    _check_tensor(caller, "packed", packed)
     if packed.dtype != torch.uint8:
         raise TypeError(f"{caller}: packed must be torch.uint8, got {packed.dtype}")
     if packed.ndim != 2 or packed.shape[1] == 0 or packed.shape[1] % (3 * GROUP // 4):
@@ -280,7 +288,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -388,9 +396,14 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tens
         lowrank: A (R, K) and B (N, R), 1 <= R <= 64, in x's dtype, contiguous; None for no such term.
 
     Returns: (..., N) in x's dtype.
-    Raises: TypeError for a dtype, ValueError for a shape, stride, device or a wanted gradient of a weight.
+    Raises: TypeError for a dtype or an argument of another type, ValueError for a shape, stride, device or a wanted
+    gradient of a weight.
     """
     _check_packed("int6_linear", packed)
+    for name, value in (("x", x), ("scale", scale)):
+        _check_tensor("int6_linear", name, value)
+    if lowrank is not None and not (isinstance(lowrank, tuple | list) and len(lowrank) == 2):
+        raise TypeError(f"int6_linear: lowrank must be a pair (A, B) or None, got {lowrank!r}")
     N, K = packed.shape[0], packed.shape[1] // 3 * 4
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"int6_linear: x must be bfloat16, float16 or float32, got {x.dtype}")
@@ -415,6 +428,8 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tens
 
 
 def _check_lowrank(x: Tensor, a: Tensor, b: Tensor, N: int, K: int) -> None:
+    for name, value in (("lowrank's A", a), ("lowrank's B", b)):
+        _check_tensor("int6_linear", name, value)
     rank = a.shape[0] if a.ndim == 2 else 0
     if not 1 <= rank <= MAX_RANK or a.shape != (rank, K) or b.shape != (N, rank):
         expected = f"A (R, {K}) and B ({N}, R), 1 <= R <= {MAX_RANK}"

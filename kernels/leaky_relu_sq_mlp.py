@@ -442,7 +442,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -670,7 +670,7 @@ def leaky_relu_sq_mlp(x: Tensor, up: Tensor, down: Tensor, negative_slope: float
             raise ValueError(f"{name}: expected {key} on {x.device} as x, got {tensor.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous {key}, got strides {tensor.stride()}")
-    if not isinstance(negative_slope, int | float) or isinstance(negative_slope, bool):
+    if not isinstance(negative_slope, (int, float)) or isinstance(negative_slope, bool):
         raise TypeError(f"{name}: expected negative_slope to be a number, got {negative_slope!r}")
     if not abs(negative_slope) < float("inf"):
         raise ValueError(f"{name}: expected a finite negative_slope, got {negative_slope}")

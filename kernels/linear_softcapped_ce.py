@@ -450,7 +450,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -650,7 +650,7 @@ def linear_softcapped_ce(
     for name, tensor in (("weight", weight), ("targets", targets), ("weights", weights)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{me}: expected {name} on {x.device}, got {tensor.device}")
-    if not isinstance(softcap, int | float) or isinstance(softcap, bool):  # a tensor would get no gradient
+    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):  # a tensor would get no gradient
         raise TypeError(f"{me}: expected softcap as a number, got {type(softcap).__name__}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{me}: expected ignore_index as an int, got {type(ignore_index).__name__}")

@@ -146,7 +146,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -191,22 +191,32 @@ def newton_schulz(g: Tensor, coefficients: Sequence[tuple[float, float, float]] 
 
     Args:
         g: (B, m, n) bfloat16 or float32 (float64 on the CPU only), contiguous.
-        coefficients: one (a, b, c) a turn, at least one.
+        coefficients: one (a, b, c) of finite numbers a turn, at least one.
 
     Returns: (B, m, n) in g's dtype, without gradient.
-    Raises: TypeError for a dtype, ValueError for a shape, strides, the coefficients or a wanted gradient.
+    Raises: TypeError for a dtype or an argument of another type, ValueError for a shape, strides, the coefficients or
+    a wanted gradient.
     """
+    if not isinstance(g, Tensor):
+        raise TypeError(f"newton_schulz: expected g to be a tensor, got {g!r}")
     if g.ndim != 3 or not (g.shape[1] and g.shape[2]):
         raise ValueError(f"newton_schulz: expected g of shape (B, m, n), m and n >= 1, got {tuple(g.shape)}")
     if g.dtype not in LAUNCH and not (g.dtype == torch.float64 and g.device.type == "cpu"):
         raise TypeError(f"newton_schulz: expected g in bfloat16 or float32, got {g.dtype} on {g.device}")
     if not g.is_contiguous():
         raise ValueError(f"newton_schulz: expected g contiguous, got {tuple(g.shape)} with strides {g.stride()}")
+    if not isinstance(coefficients, Sequence) or not all(isinstance(abc, Sequence) for abc in coefficients):
+        raise TypeError(f"newton_schulz: expected coefficients as a sequence of (a, b, c), got {coefficients!r}")
     if not len(coefficients) or any(len(abc) != 3 for abc in coefficients):
         raise ValueError(f"newton_schulz: expected coefficients (a, b, c), one or more, got {coefficients!r}")
+    numbers = [number for abc in coefficients for number in abc]
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        raise TypeError(f"newton_schulz: expected coefficients in numbers, got {coefficients!r}")
+    if not all(abs(number) < float("inf") for number in numbers):
+        raise ValueError(f"newton_schulz: expected finite coefficients, got {coefficients!r}")
     if torch.is_grad_enabled() and g.requires_grad:
         raise ValueError("newton_schulz: has no gradient, got g that requires one: call it under torch.no_grad()")
-    return _op(g, [float(value) for abc in coefficients for value in abc])
+    return _op(g, [float(number) for number in numbers])
 
 
 # --- not needed when lifted ---

@@ -10,7 +10,7 @@ hint -1 means none: nll is then the plain loss of the softcapped logits, so one 
 logits (n_rows, V) float32, bfloat16 or float16, last stride 1, row stride free; targets (n_rows,) in [0, V) and hints
 (n_rows,) in [-1, V), int32 or int64; betas (n_rows,) float32, nats. Returns (n_rows,) float32, nats. float64 logits are
 computed in float64 on the CPU. A target or a hint outside its range gives NaN for its row: looking at the values before
-the launch would stall the stream (the eager path on the CPU raises RuntimeError); check_targets=True asks for that.
+the launch would stall the stream; check_targets=True asks for that.
 
 Must move: the logits once, and 24 bytes a row. Replaces softcap, cross_entropy, a second softmax for q and the tilt,
 which read or write (n_rows, V) several times. Refuses: gradients (training steps on the untilted loss), a strided last
@@ -50,11 +50,14 @@ def ngram_tilt_ref(logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor
     """The formula above in plain PyTorch, in float32 or, for float64 logits, float64."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probs = torch.log_softmax(softcap * torch.tanh(logits.to(wide) / softcap), dim=-1)
-    nll = -log_probs.gather(-1, targets.long()[:, None])[:, 0]
-    hinted = hints != -1
+    V = logits.shape[1]
+    valid = (targets >= 0) & (targets < V) & (hints >= -1) & (hints < V)
+    nll = -log_probs.gather(-1, torch.where(valid, targets, 0).long()[:, None])[:, 0]
+    hinted = valid & (hints != -1)
     q = log_probs.gather(-1, torch.where(hinted, hints, 0).long()[:, None])[:, 0].exp()
     betas = torch.where(hinted, betas.to(wide), 0.0)
-    return nll + torch.log1p(q * torch.expm1(betas)) - torch.where(targets == hints, betas, 0.0)
+    tilted = nll + torch.log1p(q * torch.expm1(betas)) - torch.where(targets == hints, betas, 0.0)
+    return torch.where(valid, tilted, torch.nan)
 
 
 @triton.jit
@@ -197,7 +200,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -256,8 +259,12 @@ def ngram_tilt(
         check_targets: wait for the device and raise a ValueError for the first target or hint outside its range.
 
     Returns: (n_rows,) float32 (float64 for float64 logits), without gradient.
-    Raises: TypeError for a dtype, ValueError for a shape, stride, device, softcap or a wanted gradient.
+    Raises: TypeError for a dtype or an argument of another type, ValueError for a shape, stride, device, softcap or a
+    wanted gradient.
     """
+    for name, tensor in (("logits", logits), ("targets", targets), ("hints", hints), ("betas", betas)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"ngram_tilt: {name} must be a tensor, got {tensor!r}")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"ngram_tilt: logits must be (n_rows, V) with V >= 1, got {tuple(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -279,6 +286,8 @@ def ngram_tilt(
             raise ValueError(f"ngram_tilt: {name} must be contiguous ({n_rows},), one for each row, got {got}")
         if rows.device != logits.device:
             raise ValueError(f"ngram_tilt: {name} must be on {logits.device} as logits, got {rows.device}")
+    if not isinstance(softcap, int | float) or isinstance(softcap, bool):
+        raise TypeError(f"ngram_tilt: softcap must be a number, got {softcap!r}")
     if not 0.0 < 2.0 * softcap <= MAX_EXPONENT - math.log(V):
         limit = (MAX_EXPONENT - math.log(V)) / 2.0
         raise ValueError(f"ngram_tilt: softcap must be in (0, {limit:.2f}] for V = {V}, got {softcap}")

@@ -196,7 +196,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -334,7 +334,7 @@ def qk_norm_rope(
         raise ValueError(f"qk_norm_rope: expected cos and sin of shape ({N}, h) or ({N}, 1, h), 2h <= {d}, got {got}")
     if gain is not None and gain.shape != (H,):
         raise ValueError(f"qk_norm_rope: expected gain of shape ({H},), got {tuple(gain.shape)}")
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"qk_norm_rope: expected eps to be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"qk_norm_rope: expected a finite eps > 0, got {eps}")

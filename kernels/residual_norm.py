@@ -198,7 +198,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -360,10 +360,14 @@ def residual_norm(
 
     x, y, z: (N, D) bfloat16, float16 or float32, all alike, channels adjacent; float64 on CPU only. z may be None.
     x_scale, y_scale, z_scale: (D,) per channel, in x's dtype or float32, elements adjacent; None is 1.
-    norm_scale, eps: numbers, eps >= 0.
+    norm_scale, eps: finite numbers, eps >= 0; they get no gradient.
     Returns (u, n), each (N, D) in x's dtype. Differentiable once, in all of the tensors, from either result or both.
-    Raises ValueError for a shape, layout, device or eps, TypeError for a dtype.
+    Raises ValueError for a shape, layout, device or number, TypeError for a dtype or an argument of another type.
     """
+    optional = {"x_scale": x_scale, "y_scale": y_scale, "z": z, "z_scale": z_scale}
+    for name, tensor in ({"x": x, "y": y} | optional).items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name not in optional):
+            raise TypeError(f"residual_norm: expected {name} to be a tensor, got {tensor!r}")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"residual_norm: expected x of shape (N, D), got {tuple(x.shape)}")
     dtypes = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (x.device.type == "cpu")
@@ -394,7 +398,12 @@ def residual_norm(
             raise ValueError(f"residual_norm: expected {name} with adjacent elements, got stride {s.stride(0)}")
         if s.device != x.device:
             raise ValueError(f"residual_norm: expected {name} on {x.device}, got {s.device}")
-    if not eps >= 0:
+    for name, number in (("norm_scale", norm_scale), ("eps", eps)):
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise TypeError(f"residual_norm: expected {name} to be a number, got {number!r}")
+        if not abs(number) < float("inf"):
+            raise ValueError(f"residual_norm: expected a finite {name}, got {number}")
+    if eps < 0:
         raise ValueError(f"residual_norm: expected eps >= 0, got {eps}")
     return _op(x, y, x_scale, y_scale, z, z_scale, float(norm_scale), float(eps))
 

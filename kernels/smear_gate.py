@@ -37,7 +37,7 @@ def smear_gate_ref(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, 
     h, w, λ = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, weight, scale))
     gate = λ * torch.sigmoid(h[:, : len(w)] @ w)
     if bos_id is not None:
-        gate = torch.where(token_ids == bos_id, 0.0, gate)
+        gate = torch.where(token_ids.long() == bos_id, 0.0, gate)
     return (h + gate[:, None] * _previous(h)).to(x.dtype)
 
 
@@ -213,7 +213,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -268,7 +268,7 @@ def _backward_eager(
     dy, h, w, λ = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (dy, x, weight, scale))
     head = h[:, : len(w)]
     s = torch.sigmoid(head @ w)
-    m = torch.ones_like(s) if bos_id is None else (token_ids != bos_id).to(s.dtype)
+    m = torch.ones_like(s) if bos_id is None else (token_ids.long() != bos_id).to(s.dtype)
     a = m * (dy * _previous(h)).sum(1)
     u = λ * s * (1 - s) * a
     back = (m * λ * s)[:, None] * dy  # what row t hands to row t - 1
@@ -325,8 +325,11 @@ def smear_gate(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_
     weight: (W,), 1 <= W <= D, elements adjacent. scale: (1,), λ. Each in any of these dtypes, but float64 with float64.
     token_ids: (N,) int64 or int32. bos_id: the id that starts a document; None, and only None, is no mask (PR #1934).
     Returns (N, D) in x's dtype. Differentiable once, in x, weight and scale.
-    Raises ValueError for a shape, layout or device, TypeError for a dtype or a bos_id that is no integer.
+    Raises ValueError for a shape, layout, device or number, TypeError for a dtype or an argument of another type.
     """
+    for name, tensor in (("x", x), ("weight", weight), ("scale", scale), ("token_ids", token_ids)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"smear_gate: expected {name} to be a tensor, got {tensor!r}")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"smear_gate: expected x of shape (N, D), got {tuple(x.shape)}")
     if weight.ndim != 1 or not 1 <= len(weight) <= x.shape[1]:
@@ -347,6 +350,8 @@ def smear_gate(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_
         raise TypeError(f"smear_gate: expected token_ids in int64 or int32, got {token_ids.dtype}")
     if bos_id is not None and type(bos_id) is not int:
         raise TypeError(f"smear_gate: expected bos_id to be an int, or None for no mask, got {bos_id!r}")
+    if bos_id is not None and not -(2**63) <= bos_id < 2**63:
+        raise ValueError(f"smear_gate: expected bos_id in 64 bits, got {bos_id}")
     if (x.stride(1) != 1 and x.shape[1] > 1) or (weight.stride(0) != 1 and len(weight) > 1):
         raise ValueError(
             f"smear_gate: expected x and weight with adjacent channels, got strides {x.stride()} and {weight.stride()}"

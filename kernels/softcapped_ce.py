@@ -301,7 +301,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -628,7 +628,7 @@ def _softcapped_ce_validate_caps(name, softcap, softcap_negative, wide) -> tuple
 
 
 def _softcapped_ce_is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _softcapped_ce_check_targets(name: str, targets: Tensor, V: int, ignore_index: int) -> None:

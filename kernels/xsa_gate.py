@@ -209,7 +209,7 @@ def _as_given(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(*args, **kwargs):
-        flat = (t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)))
+        flat = (t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         tensor = next(t for t in flat if isinstance(t, Tensor))
         with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
             return launcher(*args, **kwargs)
@@ -414,7 +414,7 @@ def xsa_gate(
     if gate_weight is not None and not gate_weight.is_contiguous():
         raise ValueError(f"xsa_gate: expected a contiguous gate_weight, got strides {gate_weight.stride()}")
     for name, number in (("gate_scale", gate_scale), ("amplitude", amplitude)):
-        if not isinstance(number, int | float) or isinstance(number, bool):
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise TypeError(f"xsa_gate: expected {name} to be a number, got {number!r}")
         if not abs(number) < float("inf"):
             raise ValueError(f"xsa_gate: expected a finite {name}, got {number}")

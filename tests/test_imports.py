@@ -127,6 +127,13 @@ def tolerance_complaints(text: str) -> list[str]:
     return [f"line {node.value.lineno}: {node.arg}=" for node in keywords if node.arg in ("atol", "rtol")]
 
 
+def union_complaints(text: str) -> list[str]:
+    """isinstance(x, int | float): torch 2.9's Dynamo cannot trace a union, in a function that must compile whole."""
+    calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and len(node.args) == 2)
+    asked = (node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "isinstance")
+    return [f"line {node.lineno}: a union" for node in asked if isinstance(node.args[1], ast.BinOp)]
+
+
 # ------------------------------------------------------------------------------------------------ the rules, applied
 
 
@@ -164,6 +171,11 @@ def test_copies_in_data_and_model_agree() -> None:
                          ids=lambda path: path.name)  # fmt: skip
 def test_tolerances_live_in_numerics(path: Path) -> None:
     assert not tolerance_complaints(path.read_text())
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=lambda path: path.name)
+def test_kernels_ask_for_no_union(path: Path) -> None:
+    assert not union_complaints(path.read_text())
 
 
 def test_importing_does_nothing() -> None:
@@ -236,6 +248,7 @@ def test_environment_rule_knows_the_launcher() -> None:
 
 
 def test_other_rules_complain() -> None:
+    assert union_complaints("isinstance(x, int | float)") and not union_complaints("isinstance(x, (int, float))")
     a, b = (functions(f"def f():\n    return {n}\ndef g():\n    return {n}") for n in (1, 2))
     assert copy_complaints({"a": a, "b": b}, {"g"}) == ["f differs between a and b"]
     assert not copy_complaints({"a": a, "b": a}, set())

@@ -570,7 +570,7 @@ def embed_smear_norm(
         raise TypeError(f"embed_smear_norm: expected bos_id to be an int, or None for no mask, got {bos_id!r}")
     if bos_id is not None and not -(2**63) <= bos_id < 2**63:
         raise ValueError(f"embed_smear_norm: expected bos_id in 64 bits, got {bos_id}")
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"embed_smear_norm: expected eps to be a number, got {eps!r}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"embed_smear_norm: expected a finite eps >= 0, got {eps}")

@@ -402,7 +402,7 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tens
     _check_packed("int6_linear", packed)
     for name, value in (("x", x), ("scale", scale)):
         _check_tensor("int6_linear", name, value)
-    if lowrank is not None and not (isinstance(lowrank, tuple | list) and len(lowrank) == 2):
+    if lowrank is not None and not (isinstance(lowrank, (tuple, list)) and len(lowrank) == 2):
         raise TypeError(f"int6_linear: lowrank must be a pair (A, B) or None, got {lowrank!r}")
     N, K = packed.shape[0], packed.shape[1] // 3 * 4
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

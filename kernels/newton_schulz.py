@@ -210,7 +210,7 @@ def newton_schulz(g: Tensor, coefficients: Sequence[tuple[float, float, float]] 
     if not len(coefficients) or any(len(abc) != 3 for abc in coefficients):
         raise ValueError(f"newton_schulz: expected coefficients (a, b, c), one or more, got {coefficients!r}")
     numbers = [number for abc in coefficients for number in abc]
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
         raise TypeError(f"newton_schulz: expected coefficients in numbers, got {coefficients!r}")
     if not all(abs(number) < float("inf") for number in numbers):
         raise ValueError(f"newton_schulz: expected finite coefficients, got {coefficients!r}")

@@ -286,7 +286,7 @@ def ngram_tilt(
             raise ValueError(f"ngram_tilt: {name} must be contiguous ({n_rows},), one for each row, got {got}")
         if rows.device != logits.device:
             raise ValueError(f"ngram_tilt: {name} must be on {logits.device} as logits, got {rows.device}")
-    if not isinstance(softcap, int | float) or isinstance(softcap, bool):
+    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
         raise TypeError(f"ngram_tilt: softcap must be a number, got {softcap!r}")
     if not 0.0 < 2.0 * softcap <= MAX_EXPONENT - math.log(V):
         limit = (MAX_EXPONENT - math.log(V)) / 2.0

@@ -399,7 +399,7 @@ def residual_norm(
         if s.device != x.device:
             raise ValueError(f"residual_norm: expected {name} on {x.device}, got {s.device}")
     for name, number in (("norm_scale", norm_scale), ("eps", eps)):
-        if not isinstance(number, int | float) or isinstance(number, bool):
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise TypeError(f"residual_norm: expected {name} to be a number, got {number!r}")
         if not abs(number) < float("inf"):
             raise ValueError(f"residual_norm: expected a finite {name}, got {number}")

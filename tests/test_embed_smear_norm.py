@@ -1,5 +1,7 @@
 """Edge cases of kernels/embed_smear_norm.py, and the faults its contract must reject."""
 
+import math
+
 import numerics
 import pytest
 import torch
@@ -160,6 +162,15 @@ def test_float64_is_the_reference_itself(smear: bool, bos_id: int | None) -> Non
         numerics.assert_same_f64(key, got[key], want[key])
 
 
+@pytest.mark.parametrize("bos_id", [(1 << 16) + 3, (1 << 32) + 3, 3 - (1 << 16)])
+def test_a_bos_id_is_not_cut_to_the_ids_bits(bos_id: int) -> None:
+    for ids in (torch.tensor([1, 2, 3, 2, 3]), torch.tensor([1, 2, 3, 2, 3], dtype=torch.int32)):
+        tensors = arguments(ids)
+        got, want = results(embed_smear_norm, tensors, bos_id), results(embed_smear_norm, tensors, None)
+        assert all(torch.equal(got[key], want[key]) for key in want)
+        assert torch.equal(embed_smear_norm_ref(**tensors, bos_id=bos_id), embed_smear_norm_ref(**tensors, bos_id=None))
+
+
 def test_int32_ids_a_large_table_and_no_tokens() -> None:
     tensors = arguments(random_ids(30))
     assert torch.equal(
@@ -223,7 +234,15 @@ REFUSED = {
     "weight apart": ({"smear_weight": torch.zeros(6)[::2]}, ValueError, r"smear_weight with adjacent .* \(2,\)"),
     "ids elsewhere": ({"token_ids": torch.zeros(4, device="meta").long()}, ValueError, "token_ids on cpu, got meta"),
     "bos of no kind": ({"bos_id": True}, TypeError, "None for no mask, got True"),
+    "bos of many bits": ({"bos_id": 1 << 63}, ValueError, "bos_id in 64 bits, got 9223372036854775808"),
     "negative eps": ({"eps": -1.0}, ValueError, "eps >= 0, got -1.0"),
+    "endless eps": ({"eps": math.inf}, ValueError, "finite eps >= 0, got inf"),
+    "eps to learn": ({"eps": torch.tensor(1.0)}, TypeError, r"eps to be a number, got tensor\(1.\)"),
+    "eps as a bool": ({"eps": True}, TypeError, "eps to be a number, got True"),
+    "ids as a list": ({"token_ids": [1, 2]}, TypeError, r"token_ids to be a tensor, got \[1, 2\]"),
+    "no table": ({"table": None}, TypeError, "table to be a tensor, got None"),
+    "weight as a number": ({"smear_weight": 1.0}, TypeError, "smear_weight to be a tensor, got 1.0"),
+    "scale as a number": ({"smear_scale": 1.0}, TypeError, "smear_scale to be a tensor, got 1.0"),
 }
 
 

@@ -92,7 +92,10 @@ def test_pack_names_the_first_value_out_of_range(value: int) -> None:
 @pytest.mark.parametrize(
     ("q", "error", "message"),
     [
-        (torch.zeros(2, 128), TypeError, "q must be of integers, got torch.float32"),
+        ([[1]], TypeError, r"q must be a tensor, got \[\[1\]\]"),
+        (torch.zeros(2, 128), TypeError, "q must be of signed integers, got torch.float32"),
+        (torch.zeros(2, 128, dtype=torch.uint8), TypeError, "signed integers, got torch.uint8"),
+        (torch.zeros(2, 128, dtype=torch.uint16), TypeError, "signed integers, got torch.uint16"),
         (torch.zeros(2, 128, dtype=torch.bool), TypeError, "got torch.bool"),
         (torch.zeros(128, dtype=torch.int8), ValueError, r"got \(128,\)"),
         (torch.zeros(2, 192, dtype=torch.int8), ValueError, r"positive multiple of 128, got \(2, 192\)"),
@@ -106,6 +109,7 @@ def test_pack_refuses(q: torch.Tensor, error: type[Exception], message: str) -> 
 
 PACKED = torch.zeros(8, 192, dtype=torch.uint8)
 BAD_PACKED = [
+    (None, TypeError, "packed must be a tensor, got None"),
     (PACKED.to(torch.int8), TypeError, "packed must be torch.uint8, got torch.int8"),
     (PACKED[0], ValueError, r"packed must be \(N, 3K/4\).*got \(192,\)"),
     (PACKED[:, :95].contiguous(), ValueError, r"got \(8, 95\)"),
@@ -113,6 +117,11 @@ BAD_PACKED = [
     (PACKED[:, :96], ValueError, r"packed must be contiguous, got strides \(192, 1\)"),
 ]
 BAD_LINEAR = [
+    ({"x": [1.0]}, TypeError, r"x must be a tensor, got \[1.0\]"),
+    ({"scale": 1.0}, TypeError, "scale must be a tensor, got 1.0"),
+    ({"lowrank": torch.ones(2, 3, 256)}, TypeError, r"lowrank must be a pair \(A, B\) or None, got tensor"),
+    ({"lowrank": (torch.ones(3, 256),)}, TypeError, r"lowrank must be a pair \(A, B\) or None, got \(tensor"),
+    ({"lowrank": (torch.ones(3, 256), None)}, TypeError, "lowrank's B must be a tensor, got None"),
     ({"x": torch.zeros(2, 256).double()}, TypeError, "x must be bfloat16, float16 or float32, got torch.float64"),
     ({"x": torch.zeros(2, 128)}, ValueError, r"x must be \(..., 256\) as packed is \(8, 192\), got \(2, 128\)"),
     ({"x": torch.zeros(())}, ValueError, r"got \(\)"),

@@ -1,5 +1,7 @@
 """Edge cases of kernels/newton_schulz.py, and the faults its contract must reject."""
 
+import math
+
 import numerics
 import pytest
 import torch
@@ -74,6 +76,13 @@ REFUSED = {
     "integers": ({"g": torch.zeros(1, 4, 5).long()}, TypeError, "got torch.int64"),
     "strided": ({"g": torch.zeros(1, 5, 4).mT}, ValueError, r"contiguous, got \(1, 4, 5\) with strides \(20, 1, 4\)"),
     "no turns": ({"coefficients": []}, ValueError, r"one or more, got \[\]"),
+    "a list": ({"g": [[1.0]]}, TypeError, r"g to be a tensor, got \[\[1.0\]\]"),
+    "no coefficients": ({"coefficients": None}, TypeError, "as a sequence .* got None"),
+    "one turn, flat": ({"coefficients": [1.0, 2.0, 3.0]}, TypeError, r"as a sequence .* got \[1.0, 2.0, 3.0\]"),
+    "turns to learn": ({"coefficients": torch.ones(2, 3)}, TypeError, "as a sequence .* got tensor"),
+    "a number to learn": ({"coefficients": [(torch.tensor(1.0), 2, 3)]}, TypeError, r"in numbers, got \[\(tensor"),
+    "a bool": ({"coefficients": [(True, 2, 3)]}, TypeError, r"in numbers, got \[\(True"),
+    "no value": ({"coefficients": [(1, math.nan, 3)]}, ValueError, r"finite coefficients, got \[\(1, nan, 3\)\]"),
     "two numbers": ({"coefficients": [(1.0, 2.0)]}, ValueError, r"got \[\(1.0, 2.0\)\]"),
 }
 

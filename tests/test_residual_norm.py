@@ -143,7 +143,16 @@ REFUSED = {
     "scale elsewhere": ({"x_scale": torch.ones(16, device="meta")}, ValueError, "x_scale on cpu, got meta"),
     "scale of nothing": ({"z_scale": torch.ones(16)}, ValueError, "no z_scale without z"),
     "negative eps": ({"eps": -1.0}, ValueError, "eps >= 0, got -1.0"),
-    "eps of no value": ({"eps": math.nan}, ValueError, "eps >= 0, got nan"),
+    "eps of no value": ({"eps": math.nan}, ValueError, "finite eps, got nan"),
+    "endless eps": ({"eps": math.inf}, ValueError, "finite eps, got inf"),
+    "eps to learn": ({"eps": torch.tensor(1.0)}, TypeError, r"eps to be a number, got tensor\(1.\)"),
+    "norm_scale to learn": ({"norm_scale": torch.ones(1)}, TypeError, r"norm_scale to be a number, got tensor"),
+    "norm_scale as a bool": ({"norm_scale": True}, TypeError, "norm_scale to be a number, got True"),
+    "norm_scale of no value": ({"norm_scale": math.nan}, ValueError, "finite norm_scale, got nan"),
+    "x as a list": ({"x": [1.0]}, TypeError, r"x to be a tensor, got \[1.0\]"),
+    "no y": ({"y": None}, TypeError, "y to be a tensor, got None"),
+    "z as a number": ({"z": 0.0}, TypeError, "z to be a tensor, got 0.0"),
+    "x_scale as a number": ({"x_scale": 0.5}, TypeError, "x_scale to be a tensor, got 0.5"),
 }
 
 

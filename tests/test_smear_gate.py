@@ -118,6 +118,13 @@ def test_float64_is_the_reference_itself(bos_id: int | None) -> None:
         numerics.assert_same_f64(key, got[key], want[key])
 
 
+def test_a_bos_id_is_not_cut_to_the_ids_bits() -> None:
+    tensors = arguments(30, 16)
+    tensors["token_ids"] = tensors["token_ids"].int()
+    got, want = results(smear_gate, tensors, (1 << 32) + 2), results(smear_gate, tensors, None)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
 def test_int32_ids_and_no_tokens() -> None:
     tensors = arguments(30, 16)
     assert torch.equal(smear_gate(**tensors), smear_gate(**tensors | {"token_ids": tensors["token_ids"].int()}))
@@ -140,6 +147,11 @@ REFUSED = {
     "channels apart": ({"x": torch.zeros(16, 4).t()}, ValueError, r"strides \(1, 4\)"),
     "weight apart": ({"weight": torch.zeros(24)[::2]}, ValueError, r"and \(2,\)"),
     "ids elsewhere": ({"token_ids": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
+    "bos of many bits": ({"bos_id": -(1 << 63) - 1}, ValueError, "bos_id in 64 bits, got -9223372036854775809"),
+    "no x": ({"x": None}, TypeError, "x to be a tensor, got None"),
+    "weight as a list": ({"weight": [1.0]}, TypeError, r"weight to be a tensor, got \[1.0\]"),
+    "scale as a number": ({"scale": 0.5}, TypeError, "scale to be a tensor, got 0.5"),
+    "an id": ({"token_ids": 3}, TypeError, "token_ids to be a tensor, got 3"),
     "bos of no kind": ({"bos_id": True}, TypeError, "None for no mask, got True"),
     "bos as a float": ({"bos_id": math.nan}, TypeError, "None for no mask, got nan"),
 }

@@ -47,6 +47,8 @@ LAUNCH = {
     "gradient by a team": {"BLOCK_V": 4096, "columns_per_warp": 2048, "SHARED": 4, "AHEAD": 660, "maxnreg": 96},
 }
 LARGEST = 1e4  # cap: beyond it float32 rounds losses, by some 2e-7 A nats, to nothing useful
+# The partitioner of torch 2.9 finds no cut through a gradient that the forward has made.
+PROMISES_COMPILE = torch.__version__ >= (2, 11)
 REACH = 60.0  # caps up to which sums need no maximum: exp(±60) of e^28 columns stays within float32
 
 
@@ -497,7 +499,8 @@ def softcapped_ce(
     upstream: the gradient that backward() will bring to this result, where the caller knows it: 1.0 for
         loss.backward(), 0.125 for (loss / 8).backward(). The gradient is then written while the logits are read for
         the loss, and backward() hands it out. Should it bring anything else (by more than 1e-5 of it), it raises
-        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right.
+        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right; so it is, and
+        the promise is not needed, inside torch.compile before torch 2.11.
     check_targets: raise for a target out of range, which makes the host wait; else its row's loss is NaN.
     Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits and caps.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
@@ -513,7 +516,7 @@ def softcapped_ce(
         w = (targets != ignore_index).to(wide)
         w = w if weights is None else w * weights
     wanted = torch.is_grad_enabled() and (logits.requires_grad or (caps is not None and caps.requires_grad))
-    if upstream is not None and wanted:
+    if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
         promised = torch.full((), upstream, dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
     loss = _op(logits, targets, weights, caps, promised, cap, float(z_loss), ignore_index, None)[0]

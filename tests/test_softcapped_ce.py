@@ -178,6 +178,8 @@ x.grad.sum().item()
 @pytest.mark.parametrize("compiled", ["eager", "compiled"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_broken_promise_is_loud(reduction: str, compiled: str) -> None:
+    if compiled == "compiled" and not module.PROMISES_COMPILE:
+        pytest.skip("no promise is needed there: any gradient is right")
     kept, broken = (BROKEN.format(factor=f, reduction=reduction, compiled=compiled) for f in (1.0, 0.5))
     if DEVICE == "cpu":
         torch._dynamo.reset()

@@ -281,6 +281,17 @@ def test_sizes_inputs_and_cost(name: str) -> None:
         assert work[f"{kind}_forward"] > 0 and (work[f"{kind}_backward"] > 0) == has_gradient, work
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_autocast_changes_nothing(name: str) -> None:
+    """An op computes in the dtypes that it is given: autocast reaches into the body of a custom op."""
+    module = kernel_module(name)
+    inputs = inputs_of(module, name, admissible(module, name, torch.float32)[0], torch.float32)
+    fn = getattr(module, name)
+    want = run(fn, inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_equal(f"{name} under autocast", run(fn, inputs), want)
+
+
 # ----------------------------------------------------------------------------------------------------- torch.compile
 
 

@@ -140,3 +140,7 @@ def test_what_cannot_be_scored_is_refused():
     model = make_model(CONFIGS["two softcaps"])
     with pytest.raises(ConfigError, match="expected one softcap"):
         score(model, tokens, byte_counts, WINDOWS["plain"], tokens_per_batch=16, hints=make_hints(tokens))
+    model = make_model(replace(DOCUMENTS, softcap=50.0))
+    with pytest.raises(ConfigError, match=r"expected a softcap of at most 37\.92: got 50\.0"):
+        score(model, tokens, byte_counts, WINDOWS["plain"], tokens_per_batch=16, hints=make_hints(tokens))
+    assert score(model, tokens, byte_counts, WINDOWS["plain"], tokens_per_batch=16).nll > 0

@@ -301,3 +301,13 @@ def test_on_a_gpu_one_step_stays_in_flight_and_each_loss_keeps_its_number(monkey
     clock.drain()
     assert [(r.step, r.loss) for r in readings] == [(1, 1.0), (2, 2.0), (3, 3.0)] and len(FakeEvent.waited) == 3
     assert clock.ahead_s == clock.elapsed_s
+
+
+def test_training_compiles_without_mixed_order_reductions(monkeypatch) -> None:
+    """Inductor of torch 2.11 stops at them beside opaque ops."""
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **options: seen.update(options) or model)
+    Trainer(GPT(SMALL), preset(), CPU, 1, compile=True)
+    assert seen["fullgraph"] and not any(seen["options"].values())
+    known = "triton.mix_order_reduction" in torch._inductor.list_options()
+    assert list(seen["options"]) == ["triton.mix_order_reduction"] * known

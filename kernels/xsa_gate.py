@@ -287,7 +287,8 @@ def _power_of_2(n: int) -> int:
 
 @_as_given
 def _forward_eager(y, v, x, gate_weight, gate_logits, gate_scale, amplitude):
-    return xsa_gate_ref(y, v, x, gate_weight, gate_scale, gate_logits=gate_logits, amplitude=amplitude)
+    out = xsa_gate_ref(y, v, x, gate_weight, gate_scale, gate_logits=gate_logits, amplitude=amplitude)
+    return out.contiguous()  # it follows the strides of y
 
 
 @_as_given
@@ -314,7 +315,7 @@ def _backward_eager(dout: Tensor, *args) -> tuple[Tensor, ...]:
     if x is not None:
         dx, dweight = dz @ weight, dz.mT @ x
     gradients = zip(inputs, (a * p, dv, dx, dweight, dz), strict=True)
-    return tuple(dout.new_empty(0) if t is None else gradient.to(t.dtype) for t, gradient in gradients)
+    return tuple(dout.new_empty(0) if t is None else g.to(t.dtype).contiguous() for t, g in gradients)
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.

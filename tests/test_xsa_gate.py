@@ -84,6 +84,17 @@ def test_by_hand() -> None:
     assert xsa_gate(y, gate_logits=z[:, :1].expand(1, 2).clone()).tolist() == (y / 2).tolist()
 
 
+def test_result_and_gradients_are_contiguous_whatever_the_strides() -> None:
+    tensors = arguments(6, 4, 2, 16, 3)
+    for name in ("y", "v"):
+        tensors[name] = tensors[name].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not tensors["y"].is_contiguous()
+    assert xsa_gate(**tensors).is_contiguous()
+    got = results(xsa_gate, tensors)
+    assert all(gradient.is_contiguous() for gradient in got.values())
+    assert_as_reference(tensors)
+
+
 def test_output_along_its_own_value_vanishes() -> None:
     """As for a document's first token, which attends to itself alone: nothing is left, and all gradients are finite."""
     tensors = arguments(6, 4, 2, 64, 0)

@@ -9,13 +9,19 @@ c = p · n, one sum over the head serves both gradients:
 
     dz = g r (p - n c / d),    dgain[head] = Σ_tokens c
 
+A fused projection (queries, then keys, then values, one GEMM) is taken whole: v' = v and dv = dv', copied, so that its
+gradient too is one tensor, written in one pass and ready for one GEMM, without concatenation or padding.
+
 Shapes: q (N, H, d), k (N, G, d) raw projections, bfloat16, float16 or float32, channels adjacent, any other strides
-(slices of one fused projection); cos and sin (N, h) or (N, 1, h), 0 <= 2h <= d <= 256, in that dtype or float32; gain
-(H,) likewise, or None. Returns contiguous q' (N, H, d) and k' (N, G, d). Everything in between is float32. float64
-runs on CPU only, in plain PyTorch.
-Must move: forward reads q and k and writes q' and k'; backward reads q, k and both gradients and writes dq and dk. Only
-the inputs are saved. The gain's gradient is summed in a fixed order, without atomics, so it repeats bitwise.
-Replaces: two RMSNorms, two rotary embeddings (three slices, four products and a concatenation each), a product.
+(slices of one fused projection), or that projection (N, H + 2G, d) as q and kv_heads = G for k; cos and sin (N, h) or
+(N, 1, h), 0 <= 2h <= d <= 256, in that dtype or float32; gain (H,) likewise, or None. Returns contiguous q' (N, H, d)
+and k' (N, G, d), of a fused projection v' (N, G, d) too. Everything in between is float32. float64 runs on CPU only, in
+plain PyTorch.
+Must move: forward reads q and k and writes q' and k'; backward reads q, k and both gradients and writes dq and dk; v
+costs a read and a write each way. Only the inputs are saved. The gradient of a result that nobody used is not read. The
+gain's gradient is summed in a fixed order, without atomics, so it repeats bitwise.
+Replaces: two RMSNorms, two rotary embeddings (three slices, four products and a concatenation each), a product; in the
+backward of a fused projection, the concatenation of three gradients.
 Refuses: other dtypes, channels that are not adjacent, d > 256, cos or sin that ask for a gradient.
 From: modded-nanogpt (normalised queries and keys, half-split rotary); the gain per head is that of the challenge.
 """
@@ -40,9 +46,11 @@ LAUNCH = {
 
 
 def qk_norm_rope_ref(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, eps: float = EPS
-) -> tuple[Tensor, Tensor]:
-    """The specification, in float32 or, for float64 q, in float64."""
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, kv_heads: int | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The specification, in float32 or, for float64 q, in float64; v as it is."""
+    q, k, *v = (q, k) if k is not None else q.split((q.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (t.to(wide).view(len(q), 1, t.shape[-1]) for t in (cos, sin))
     h = cos.shape[-1]
@@ -53,7 +61,7 @@ def qk_norm_rope_ref(
         return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
 
     scale = 1.0 if gain is None else gain.to(wide)[:, None]
-    return (norm_rope(q) * scale).to(q.dtype), norm_rope(k).to(k.dtype)
+    return (norm_rope(q) * scale).to(q.dtype), norm_rope(k).to(k.dtype), *v
 
 
 @triton.jit
@@ -87,8 +95,11 @@ def _rotation(cos_ptr, sin_ptr, place, N, h: tl.constexpr):
 @triton.jit
 def _load_heads(ptr, place, stride_token, stride_head, stride_d):
     head, token, col, here = place
-    offsets = head * stride_head + token * stride_token + col.to(tl.int64) * stride_d
-    return tl.load(ptr + offsets, mask=here, other=0.0).to(tl.float32)
+    z = tl.zeros(here.shape, tl.float32)  # the gradient of a result that nobody used
+    if ptr is not None:
+        offsets = head * stride_head + token * stride_token + col.to(tl.int64) * stride_d
+        z = tl.load(ptr + offsets, mask=here, other=0.0).to(tl.float32)
+    return z
 
 
 @triton.jit
@@ -96,7 +107,7 @@ def _load_partners(ptr, place, stride_token, stride_head, stride_d, h: tl.conste
     """Column j + h in column j < h, j in column j + h, 0 beyond: from the cache, where the heads come to anyway."""
     head, token, col, here = place
     partners = 0.0
-    if h > 0:
+    if (h > 0) and (ptr is not None):
         run: tl.constexpr = h & -h
         partner = tl.max_contiguous(tl.multiple_of(tl.where(col < h, col + h, col - h), (1, 1, run)), (1, 1, run))
         offsets = head * stride_head + token * stride_token + partner.to(tl.int64) * stride_d
@@ -106,6 +117,7 @@ def _load_partners(ptr, place, stride_token, stride_head, stride_d, h: tl.conste
 
 @triton.jit
 def _store_heads(ptr, z, place, HEADS: tl.constexpr, d: tl.constexpr):
+    """HEADS: from token to token of the tensor, which may be more than are stored."""
     head, token, col, here = place
     tl.store(ptr + (token * HEADS + head) * d + col, z.to(ptr.dtype.element_ty), mask=here)
 
@@ -119,11 +131,13 @@ def _rstd(z, d: tl.constexpr, eps: tl.constexpr):
 def _qk_norm_rope_fwd_kernel(
     q_ptr,  # (N, H, d)
     k_ptr,  # (N, G, d)
+    v_ptr,  # (N, G, d), strides as k's, or None
     cos_ptr,  # (N, h), contiguous
     sin_ptr,  # (N, h), contiguous
     gain_ptr,  # (H,) or None
     q_out_ptr,  # (N, H, d), contiguous
     k_out_ptr,  # (N, G, d), contiguous
+    v_out_ptr,  # (N, G, d), contiguous, or None
     stride_q, stride_q_head, stride_k, stride_k_head, N, steps,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, h: tl.constexpr, eps: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
@@ -135,6 +149,7 @@ def _qk_norm_rope_fwd_kernel(
         k = _load_heads(k_ptr, at_k, stride_k, stride_k_head, 1)
         partners_q = _load_partners(q_ptr, at_q, stride_q, stride_q_head, 1, h)
         partners_k = _load_partners(k_ptr, at_k, stride_k, stride_k_head, 1, h)
+        v = _load_heads(v_ptr, at_k, stride_k, stride_k_head, 1)
         cos, sin = _rotation(cos_ptr, sin_ptr, at_q, N, h)
         scale = _rstd(q, d, eps)
         if gain_ptr is not None:
@@ -142,6 +157,8 @@ def _qk_norm_rope_fwd_kernel(
             scale *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None]
         _store_heads(q_out_ptr, (q * cos + partners_q * sin) * scale[:, :, None], at_q, H, d)
         _store_heads(k_out_ptr, (k * cos + partners_k * sin) * _rstd(k, d, eps)[:, :, None], at_k, G, d)
+        if v_out_ptr is not None:
+            _store_heads(v_out_ptr, v, at_k, G, d)
 
 
 @triton.jit
@@ -154,21 +171,26 @@ def _through_norm(z, p, d: tl.constexpr, eps: tl.constexpr):
 
 @triton.jit
 def _qk_norm_rope_bwd_kernel(
-    dq_out_ptr,  # (N, H, d), any strides
-    dk_out_ptr,  # (N, G, d), any strides
+    dq_out_ptr,  # (N, H, d), any strides, or None
+    dk_out_ptr,  # (N, G, d), any strides, or None
+    dv_out_ptr,  # (N, G, d), any strides, or None
     q_ptr,  # (N, H, d)
     k_ptr,  # (N, G, d)
     cos_ptr,  # (N, h), contiguous
     sin_ptr,  # (N, h), contiguous
     gain_ptr,  # (H,) or None
-    dq_ptr,  # (N, H, d), contiguous
-    dk_ptr,  # (N, G, d), contiguous
+    dq_ptr,  # (N, H, d), contiguous, or the first heads of (N, H + 2G, d)
+    dk_ptr,  # (N, G, d), contiguous, or the next
+    dv_ptr,  # (N, G, d), the last, or None
     dgain_ptr,  # (programs, H) float32: each program's share, or None
     stride_dq, stride_dq_head, stride_dq_d, stride_dk, stride_dk_head, stride_dk_d,
+    stride_dv, stride_dv_head, stride_dv_d,
     stride_q, stride_q_head, stride_k, stride_k_head, N, steps,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, h: tl.constexpr, eps: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    HEADS_Q: tl.constexpr = H if dv_ptr is None else H + 2 * G
+    HEADS_K: tl.constexpr = G if dv_ptr is None else H + 2 * G
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dgain = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)  # by a token's place in the step; summed over those at the end
     for step in tl.range(tl.program_id(0), steps, tl.num_programs(0), num_stages=STAGES):
@@ -179,14 +201,17 @@ def _qk_norm_rope_bwd_kernel(
         p_k = _load_heads(dk_out_ptr, at_k, stride_dk, stride_dk_head, stride_dk_d)
         partners_q = _load_partners(dq_out_ptr, at_q, stride_dq, stride_dq_head, stride_dq_d, h)
         partners_k = _load_partners(dk_out_ptr, at_k, stride_dk, stride_dk_head, stride_dk_d, h)
+        dv = _load_heads(dv_out_ptr, at_k, stride_dv, stride_dv_head, stride_dv_d)
         cos, sin = _rotation(cos_ptr, sin_ptr, at_q, N, h)
         dq, c = _through_norm(q, p_q * cos - partners_q * sin, d, eps)
         dk, _ = _through_norm(k, p_k * cos - partners_k * sin, d, eps)
         if gain_ptr is not None:
             dq *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None, None]
             dgain += c
-        _store_heads(dq_ptr, dq, at_q, H, d)
-        _store_heads(dk_ptr, dk, at_k, G, d)
+        _store_heads(dq_ptr, dq, at_q, HEADS_Q, d)
+        _store_heads(dk_ptr, dk, at_k, HEADS_K, d)
+        if dv_ptr is not None:
+            _store_heads(dv_ptr, dv, at_k, HEADS_K, d)
     if gain_ptr is not None:
         tl.store(dgain_ptr + tl.program_id(0) * H + heads, tl.sum(dgain, axis=1), mask=heads < H)
 
@@ -204,28 +229,44 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _heads(q: Tensor, k: Tensor | None, kv_heads: int) -> tuple[Tensor, ...]:
+    """q and k or, of a fused projection, its views q, k and v."""
+    return (q, k) if k is not None else q.split((q.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+
+
 @_as_given
-def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    q_out, k_out = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
+def _forward(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor | None, kv_heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q', k' and, of a fused projection, v; without k, v has no elements."""
+    q, k, *v = _heads(q, k, kv_heads)
+    q_out, k_out, *v_out = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, *v))
     grid, sizes = _launch("forward", q.is_cuda, *q.shape, k.shape[1], cos.shape[1])
     _qk_norm_rope_fwd_kernel[grid](
-        q, k, cos, sin, gain, q_out, k_out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), **sizes, eps=eps
-    )
-    return q_out, k_out
+        q, k, *(v or [None]), cos, sin, gain, q_out, k_out, *(v_out or [None]),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), **sizes, eps=eps,
+    )  # fmt: skip
+    return q_out, k_out, *(v_out or [q.new_empty(0)])
 
 
 @_as_given
 def _backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and gain, the last without elements if there is no gain."""
-    dq, dk = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
-    grid, sizes = _launch("backward", q.is_cuda, *q.shape, k.shape[1], cos.shape[1])
+    dq_out: Tensor | None, dk_out: Tensor | None, dv_out: Tensor | None, q: Tensor, k: Tensor | None,
+    cos: Tensor, sin: Tensor, gain: Tensor | None, kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q (or of the fused projection), k and gain, without elements where there is none."""
+    dq, dk = (None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
+    gradients, (q_heads, k_heads, *v) = _heads(dq, dk, kv_heads), _heads(q, k, kv_heads)
+    grid, sizes = _launch("backward", q.is_cuda, *q_heads.shape, k_heads.shape[1], cos.shape[1])
     dgain = None if gain is None else torch.empty((grid[0], len(gain)), dtype=torch.float32, device=q.device)
+    douts = (dq_out, dk_out, dv_out if v else None)
+    # None is no argument at all: what the two forms do not share costs the plain one nothing, to the instruction.
+    strides = (stride for dout in douts for stride in ((None,) * 3 if dout is None else dout.stride()))
     _qk_norm_rope_bwd_kernel[grid](
-        dq_out, dk_out, q, k, cos, sin, gain, dq, dk, dgain, *dq_out.stride(), *dk_out.stride(),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), **sizes, eps=eps,
+        *douts, q_heads, k_heads, cos, sin, gain, *gradients, *([] if v else [None]), dgain, *strides,
+        q_heads.stride(0), q_heads.stride(1), k_heads.stride(0), k_heads.stride(1), **sizes, eps=eps,
     )  # fmt: skip
+    dk = q.new_empty(0) if dk is None else dk
     return dq, dk, q.new_empty(0) if gain is None else dgain.sum(0).to(gain.dtype)
 
 
@@ -244,15 +285,18 @@ def _launch(direction: str, cuda: bool, N: int, H: int, d: int, G: int, h: int) 
     return (programs, splits), sizes | blocks | {"STAGES": launch["STAGES"], "num_warps": launch["num_warps"]}
 
 
-def _forward_eager(q, k, cos, sin, gain, eps):
-    return qk_norm_rope_ref(q, k, cos, sin, gain, eps=eps)
+def _forward_eager(q, k, cos, sin, gain, kv_heads, eps):
+    q_out, k_out, *v = qk_norm_rope_ref(q, k, cos, sin, gain, kv_heads=kv_heads, eps=eps)
+    v_out = v[0].clone(memory_format=torch.contiguous_format) if v else q.new_empty(0)
+    return q_out, k_out, v_out
 
 
-def _backward_eager(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
+def _backward_eager(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps):
+    fused, dtype, wide = k is None, q.dtype, torch.promote_types(q.dtype, torch.float32)
     cos, sin = (t.to(wide)[:, None] for t in (cos, sin))
+    q, k, *v = _heads(q, k, kv_heads)
+    douts = zip((dq_out, dk_out, dv_out), (q, k, *v), strict=False)
+    dq_out, dk_out, *dv = (torch.zeros_like(z) if dout is None else dout for dout, z in douts)
     h, d = cos.shape[-1], q.shape[-1]
 
     def through(dout: Tensor, z: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -261,10 +305,11 @@ def _backward_eager(
         r = torch.rsqrt(z.to(wide).square().mean(-1, keepdim=True) + eps)
         n = z.to(wide) * r
         c = (n * p).sum(-1, keepdim=True)
-        return (scale * r * (p - n * c / d)).to(z.dtype), c[..., 0]
+        return (scale * r * (p - n * c / d)).to(dtype), c[..., 0]
 
     dq, c = through(dq_out, q, 1.0 if gain is None else gain.to(wide)[:, None])
     dk, _ = through(dk_out, k, 1.0)
+    dq, dk = (torch.cat((dq, dk, *dv), 1), q.new_empty(0)) if fused else (dq, dk)
     return dq, dk, q.new_empty(0) if gain is None else c.sum(0).to(gain.dtype)
 
 
@@ -283,52 +328,69 @@ def _forward_cpu(q, *args):
 
 
 @_op_backward.register_kernel("cpu")
-def _backward_cpu(dq_out, *args):
-    return (_backward if INTERPRETED and dq_out.dtype != torch.float64 else _backward_eager)(dq_out, *args)
+def _backward_cpu(dq_out, dk_out, dv_out, q, *args):
+    backward = _backward if INTERPRETED and q.dtype != torch.float64 else _backward_eager
+    return backward(dq_out, dk_out, dv_out, q, *args)
 
 
 @_op.register_fake
-def _forward_fake(q, k, cos, sin, gain, eps):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _forward_fake(q, k, cos, sin, gain, kv_heads, eps):
+    q, k, *v = _heads(q, k, kv_heads)
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(v[0].shape if v else 0)
 
 
 @_op_backward.register_fake
-def _backward_fake(dq_out, dk_out, q, k, cos, sin, gain, eps):
-    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
+def _backward_fake(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps):
+    dk = q.new_empty(0 if k is None else k.shape)
+    return q.new_empty(q.shape), dk, q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    ctx.set_materialize_grads(False)  # a result that nobody used: None instead of zeros to write and read
+    *tensors, ctx.kv_heads, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, dq_out, dk_out):
-    *tensors, gain = ctx.saved_tensors
-    dq, dk, dgain = _op_backward(dq_out, dk_out, *tensors, gain, ctx.eps)
-    return dq, dk, None, None, None if gain is None else dgain, None
+def _autograd(ctx, dq_out, dk_out, dv_out):
+    _, k, _, _, gain = tensors = ctx.saved_tensors
+    dq, dk, dgain = _op_backward(dq_out, dk_out, dv_out, *tensors, ctx.kv_heads, ctx.eps)
+    return dq, None if k is None else dk, None, None, None if gain is None else dgain, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, eps: float = EPS
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, kv_heads: int | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Queries and keys, normalised per head, their first 2h channels rotated, the queries times their head's gain.
 
-    q: (N, H, d), k: (N, G, d), d <= 256, bfloat16, float16 or float32, channels adjacent; float64 on CPU only.
+    q: (N, H, d), k: (N, G, d), d <= 256, bfloat16, float16 or float32, channels adjacent; float64 on CPU only. Or, with
+    k None and kv_heads = G, q: (N, H + 2G, d), a fused projection: heads of queries, then of keys, then of values.
     cos, sin: (N, h) or (N, 1, h), 0 <= 2h <= d, contiguous, in q's dtype or float32: the angle of channels j and
     j + h. They get no gradient. gain: (H,), elements adjacent, in q's dtype or float32, or None for 1. eps: > 0.
-    Returns q' (N, H, d) and k' (N, G, d), contiguous, in q's dtype. Differentiable once, in q, k and gain.
+    Returns q' (N, H, d) and k' (N, G, d), of a fused projection also a copy of v (N, G, d): contiguous, in q's dtype.
+    Differentiable once, in q, k and gain.
     Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype or
     another type.
     """
-    if q.ndim != 3 or k.ndim != 3 or len(q) != len(k) or q.shape[2] != k.shape[2] or 0 in (*q.shape[1:], k.shape[1]):
+    if (k is None) == (kv_heads is None):
+        got = "neither" if k is None else "both"
+        raise ValueError(f"qk_norm_rope: expected k or, for a fused projection, k=None and kv_heads, got {got}")
+    if k is None:
+        if not isinstance(kv_heads, int) or isinstance(kv_heads, bool):
+            raise TypeError(f"qk_norm_rope: expected kv_heads to be an int, got {kv_heads!r}")
+        if kv_heads < 1 or q.ndim != 3 or q.shape[1] <= 2 * kv_heads or q.shape[2] == 0:
+            got = f"{tuple(q.shape)} with kv_heads={kv_heads}"
+            raise ValueError(f"qk_norm_rope: expected q of shape (N, H + 2 kv_heads, d), kv_heads > 0, got {got}")
+    elif q.ndim != 3 or k.ndim != 3 or len(q) != len(k) or q.shape[2] != k.shape[2] or 0 in (*q.shape[1:], k.shape[1]):
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"qk_norm_rope: expected q of shape (N, H, d) and k of shape (N, G, d), got {got}")
     if q.shape[2] > 256:
         raise ValueError(f"qk_norm_rope: expected q and k with d <= 256, got {q.shape[2]}")
-    N, H, d = q.shape
+    (N, H, d), G = q.shape, kv_heads or 0
+    H -= 2 * G
     if cos.shape != sin.shape or cos.shape[:-1] not in ((N,), (N, 1)) or 2 * cos.shape[-1] > d:
         got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
         raise ValueError(f"qk_norm_rope: expected cos and sin of shape ({N}, h) or ({N}, 1, h), 2h <= {d}, got {got}")
@@ -338,9 +400,11 @@ def qk_norm_rope(
         raise TypeError(f"qk_norm_rope: expected eps to be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"qk_norm_rope: expected a finite eps > 0, got {eps}")
-    named = {"q": q, "k": k, "cos": cos, "sin": sin} | ({} if gain is None else {"gain": gain})
+    named = {"q": q, "k": k, "cos": cos, "sin": sin, "gain": gain}
     allowed = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (q.device.type == "cpu")
     for name, tensor in named.items():
+        if tensor is None:
+            continue
         dtypes = allowed if name == "q" else (q.dtype,)
         if name not in ("q", "k") and q.dtype != torch.float64:
             dtypes = (q.dtype, torch.float32)
@@ -358,36 +422,40 @@ def qk_norm_rope(
         raise ValueError("qk_norm_rope: expected cos and sin without a gradient, got requires_grad=True")
     if cos.ndim == 3:
         cos, sin = cos[:, 0], sin[:, 0]
-    return _op(q, k, cos, sin, gain, float(eps))
+    q_out, k_out, v = _op(q, k, cos, sin, gain, G, float(eps))
+    return (q_out, k_out) if k is not None else (q_out, k_out, v)
 
 
 # --- not needed when lifted ---
 
-SIZES = {  # N, H d, G, d, 2h
+SIZES = {  # N, H d, G, d, 2h and, of a fused projection, 1
     "odd": (71, 60, 2, 20, 12),
+    "odd, qkv": (43, 120, 3, 20, 12, 1),
     "tile": (40, 512, 4, 64, 16),
     "whole": (9, 96, 3, 32, 32),
     "none": (1, 16, 1, 16, 0),
     "record": (98304, 512, 4, 64, 16),
+    "record, qkv": (98304, 512, 4, 64, 16, 1),
     "large": (4194400, 512, 1, 64, 16),
 }
 
 
 def qk_norm_rope_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
     """Head vectors of every length, from one fused projection with values behind them; one is zero, one tiny."""
-    N, D, G, d, rope_dims = size
+    N, D, G, d, rope_dims, *fused = size
     H = D // d
     generator = torch.Generator(device).manual_seed(seed)
     length = torch.rand((N, H + 2 * G, 1), generator=generator, device=device) * 4
     qkv = length * torch.randn((N, H + 2 * G, d), generator=generator, device=device)
     qkv[-1, 0], qkv[0, H] = 0.0, qkv[0, H] * 1e-3
-    q, k, _ = qkv.to(dtype).split((H, G, G), dim=1)
+    qkv = qkv.to(dtype)
+    q, k, _ = qkv.split((H, G, G), dim=1)
     frequencies = 10000.0 ** -torch.linspace(0, 1, rope_dims // 2, device=device)
     angles = torch.arange(N, device=device)[:, None, None] * frequencies
     gain = 1.5 + torch.randn(H, generator=generator, device=device)
-    return {
-        "q": q.requires_grad_(),
-        "k": k.requires_grad_(),
+    heads = {"q": qkv, "k": None, "kv_heads": G} if fused else {"q": q, "k": k.requires_grad_()}
+    heads["q"].requires_grad_()
+    return heads | {
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
         "gain": gain.requires_grad_(),
@@ -395,11 +463,12 @@ def qk_norm_rope_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, 
 
 
 def qk_norm_rope_cost(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
-    N, D, G, d, rope_dims = size
+    N, D, G, d, rope_dims, *fused = size
     heads, tables = N * (D + G * d) * dtype.itemsize, N * rope_dims * dtype.itemsize
+    values = 2 * N * G * d * dtype.itemsize if fused else 0
     return {
-        "bytes_forward": 2 * heads + tables,
-        "bytes_backward": 3 * heads + tables,
+        "bytes_forward": 2 * heads + values + tables,
+        "bytes_backward": 3 * heads + values + tables,
         "flops_forward": 4 * N * (D + G * d),
         "flops_backward": 8 * N * (D + G * d),
     }

@@ -4,8 +4,11 @@ Architecture of PR #1855 / #1934 of the Parameter Golf challenge, with the switc
 #1423, #1530, #1667, #1736) need. Matrices are stored (out, in). Matrices of one shape live in one bank, which Muon
 updates as a batch: qo_bank[i] = W_q and qo_bank[L + i] = W_o of layer i, kv_bank likewise with W_k and W_v.
 
-Precision: banks and control parameters are float32 masters, cast to the activations' dtype at each use (so a looped
-layer accumulates its gradient in float32); the tied embedding is kept in the activations' dtype, as published.
+Precision: banks and control parameters are float32 masters. The matrices of a step are cast to the activations' dtype
+at each use, which torch.compile does once for all uses, while a looped layer still sums its gradient in float32; the
+tied embedding is kept in the activations' dtype, as published.
+Passes over memory: the layer scales are folded into the rows of the projections before them, queries, keys and values
+are one projection, and what a block adds last (its MLP) is summed in the next block's first pass (`Stream`).
 Sizes in comments: N tokens, D width, H and G query and key/value heads, d head width, F hidden width, V vocabulary.
 """
 
@@ -32,6 +35,25 @@ class PackedMatrix(NamedTuple):
 
     packed: Tensor
     scale: Tensor
+
+
+class Stream(NamedTuple):
+    """The residual stream x + addend, not yet summed: the next block does so on its way."""
+
+    x: Tensor
+    addend: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        return self.x if self.addend is None else self.x + self.addend
+
+
+class Shared(NamedTuple):
+    """What every layer reads: the input x0 (N, D), rotary tables, segments, and the step's matrices by role."""
+
+    x0: Tensor
+    table: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    weights: dict[str, list]
 
 
 class Step(NamedTuple):
@@ -73,13 +95,15 @@ class GPT(nn.Module):
     """ids (N,) int64 and cu_seqlens (int32, see `attention`) -> hidden states, logits or per-token losses.
 
     `dtype` is that of the activations and of the embedding: bfloat16 on a GPU, float32 on a CPU, float64 in tests.
+    `fp8`: in training mode the MLP and the head multiply in eight bits (see their kernels).
     Weights are drawn on the CPU from `seed`, the same on every rank.
     """
 
-    def __init__(self, config: GPTConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: GPTConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, fp8: bool = False
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.dtype = dtype
+        self.config, self.dtype, self.fp8 = config, dtype, fp8
         self.attend: Attend = attend_plain
         self.packed: dict[str, list[PackedMatrix]] = {}
         self._create_parameters(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -152,7 +176,8 @@ class GPT(nn.Module):
         c = self.config
         # Upstream gradients a token are beyond the fused head: it sums the embedding's gradient on the way.
         if c.loss_impl == "fused" and (reduction == "mean" or not torch.is_grad_enabled()):
-            return linear_softcapped_ce(hidden, self.embedding, targets, c.softcap, reduction=reduction)
+            fp8 = self.fp8 and self.training
+            return linear_softcapped_ce(hidden, self.embedding, targets, c.softcap, reduction=reduction, fp8=fp8)
         ce = softcapped_ce_ref if c.loss_impl == "reference" else softcapped_ce
         return ce(self.head(hidden), targets, *self.softcaps, reduction=reduction)
 
@@ -165,25 +190,28 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
         """The stream after the final norm, (N, D)."""
-        c = self.config
         x0 = self._input(ids, cu_seqlens)
-        table = self.rotary(ids.shape[0], cu_seqlens, self.dtype)
-        weights = self._weights()
-        a, b, stack = x0, None, []
-        for step in self.orders[looping]:
-            lanes = c.parallel in ("two_lane", "cross_lane") and step.layer >= c.parallel_start
-            if lanes and b is None and c.parallel == "cross_lane":
-                b = a  # the skip of this first parallel layer reaches lane a alone
-            if step.skip_row is not None:
-                a = self._skip(a, stack.pop(), step.skip_row)
-            if lanes and b is None:
-                b = a
-            a, b = self._block(step.layer, a, b, x0, table, cu_seqlens, weights)
+        shared = Shared(x0, self.rotary(ids.shape[0], cu_seqlens, self.dtype), cu_seqlens, self._weights())
+        one_lane, two_lanes = self._split(self.orders[looping])
+        stream, stack = Stream(x0), []
+        for step in one_lane:
+            stream = self._block(step, stream, stack, shared)
             if step.push:
-                stack.append(a)
-        return rms_norm(self._merge(a, b))
+                stack.append(None)  # the stream itself, which the next block sums
+        a = stream.sum()
+        if not two_lanes:
+            return rms_norm(a)
+        return rms_norm(self._lanes(two_lanes, a, [a if skip is None else skip for skip in stack], shared))
 
     # ---- the parts ---------------------------------------------------------------------------------------------
+
+    def _split(self, order: list[Step]) -> tuple[list[Step], list[Step]]:
+        """The steps before and after the stream divides in two lanes, which it does for good (see GPTConfig)."""
+        lanes = [
+            self.config.parallel in ("two_lane", "cross_lane") and s.layer >= self.config.parallel_start for s in order
+        ]
+        first = lanes.index(True) if True in lanes else len(order)
+        return order[:first], order[first:]
 
     def _input(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         c = self.config
@@ -193,27 +221,65 @@ class GPT(nn.Module):
             x = channel_smear(x, self.smear_channel, cu_seqlens)
         return x
 
-    def _skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        skip = self.skip_weights[row].to(x.dtype) * skip
-        if not self.config.skip_gates:
-            return x + skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row].to(x.dtype)))
+    def _block(self, step: Step, stream: Stream, stack: list[Tensor | None], shared: Shared) -> Stream:
+        """One layer on one lane. What it pops comes off the stack, what it sums goes into its place there."""
+        c, layer = self.config, step.layer
+        mix, x0_mix = self.resid_mix[layer]
+        skip, skip_mix = None, None
+        if step.skip_row is not None:
+            skip, kept, skip_mix = stack.pop(), *self._skip_mix(step.skip_row)
+            mix, skip_mix = mix * kept, mix * skip_mix
+            if skip is None:  # the top of the stack is the stream itself
+                mix, skip_mix = mix + skip_mix, None
+        keep = len(stack) > 0 and stack[-1] is None
+        sums = self.ops.residual(
+            stream.x, shared.x0, mix, x0_mix, skip, skip_mix,
+            addend=stream.addend, return_sum=keep, head=self.gate_head, norm_scale=self._norm_scale(layer),
+        )  # fmt: skip
+        u, n = sums[:2]
+        if keep:
+            stack[-1] = sums[2]
+        attn = self._attention(layer, n, sums[-1] if self.gate_head else None, shared)
+        if c.parallel == "single" and layer >= c.parallel_start:
+            return Stream(u + attn, self._mlp(layer, n, shared.weights))
+        y, n = self.ops.residual(u, attn, norm_scale=self._norm_scale(layer))
+        return Stream(y, self._mlp(layer, n, shared.weights))
 
-    def _block(self, layer: int, a: Tensor, b: Tensor | None, x0: Tensor, table, cu_seqlens: Tensor, weights):
-        """One layer on the stream a, or on lanes a and b (attention reads a, the MLP reads b)."""
-        c = self.config
-        scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
-        attn_scale, mlp_scale = self.attn_scale[layer], self.mlp_scale[layer]
-        u, n = self.ops.residual(a, x0, self.resid_mix[layer, 0], self.resid_mix[layer, 1], norm_scale=scale)
-        attn = self._attention(layer, n, table, cu_seqlens, weights)
-        if b is None and not (c.parallel == "single" and layer >= c.parallel_start):
-            y, n = self.ops.residual(u, attn, None, attn_scale, norm_scale=scale)
-            return _add(y, mlp_scale, self._mlp(layer, n, weights)), None
-        if b is None:
-            return _add(_add(u, attn_scale, attn), mlp_scale, self._mlp(layer, n, weights)), None
-        attn = attn_scale.to(a.dtype) * attn
-        m = mlp_scale.to(b.dtype) * self._mlp(layer, rms_norm(b) * scale, weights)
+    def _norm_scale(self, layer: int) -> float:
+        return (layer + 1) ** -0.5 if self.config.ln_scale else 1.0
+
+    def _skip_mix(self, row: int) -> tuple[Tensor | float, Tensor]:
+        """Per channel, the share of the stream and the share of the popped output, as `lerp` has it or a plain sum."""
+        weight = self.skip_weights[row]
+        if not self.config.skip_gates:
+            return 1.0, weight
+        kept = torch.sigmoid(self.skip_gates[row])
+        return kept, (1 - kept) * weight
+
+    def _lanes(self, order: list[Step], a: Tensor, stack: list[Tensor], shared: Shared) -> Tensor:
+        """The last layers on two lanes: attention reads a, the MLP reads b."""
+        c, b = self.config, a
+        for place, step in enumerate(order):
+            if step.skip_row is not None:
+                kept, weight = self._skip_mix(step.skip_row)
+                popped = weight.to(a.dtype) * stack.pop()
+                a = a + popped if isinstance(kept, float) else kept.to(a.dtype) * a + popped
+                if not place and c.parallel == "two_lane":
+                    b = a  # cross_lane: the skip of the first parallel layer reaches lane a alone
+            a, b = self._lane_block(step.layer, a, b, shared)
+            if step.push:
+                stack.append(a)
         if c.parallel == "two_lane":
+            return torch.lerp(b, a, self.lane_merge.to(a.dtype))
+        return {"mean": (a + b) / 2, "attn": a, "mlp": b}[c.lane_merge]
+
+    def _lane_block(self, layer: int, a: Tensor, b: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        scale = self._norm_scale(layer)
+        sums = self.ops.residual(a, shared.x0, *self.resid_mix[layer], head=self.gate_head, norm_scale=scale)
+        u, n = sums[:2]
+        attn = self._attention(layer, n, sums[-1] if self.gate_head else None, shared)
+        m = self._mlp(layer, rms_norm(b) * scale, shared.weights)
+        if self.config.parallel == "two_lane":
             return u + attn, b + m
         resid, post = self.lane_resid[layer].to(a.dtype), self.lane_post[layer].to(a.dtype)
         return (
@@ -221,22 +287,27 @@ class GPT(nn.Module):
             resid[1] * b + post[0, 1] * attn + post[1, 1] * m,
         )
 
-    def _merge(self, a: Tensor, b: Tensor | None) -> Tensor:
-        if b is None:
-            return a
-        if self.config.parallel == "two_lane":
-            return torch.lerp(b, a, self.lane_merge.to(a.dtype))
-        return {"mean": (a + b) / 2, "attn": a, "mlp": b}[self.config.lane_merge]
-
-    def _attention(self, layer: int, n: Tensor, table, cu_seqlens: Tensor, weights) -> Tensor:
+    def _attention(self, layer: int, n: Tensor, head: Tensor | None, shared: Shared) -> Tensor:
+        """`head`: the first channels of n, where they open the gates."""
         c, N = self.config, n.shape[0]
-        q_raw = _linear(n, weights["q"][layer])
-        k = _linear(n, weights["k"][layer]).view(N, c.num_kv_heads, c.head_dim)
-        v = _linear(n, weights["v"][layer]).view(k.shape)
-        q, k = self.ops.qk(q_raw.view(N, c.num_heads, c.head_dim), k, *table, self.q_gain[layer])
-        y = self.attend(q, k, v, cu_seqlens, c.max_segment)
-        y = self._exclude_and_gate(layer, y, v, n if c.gate_input == "hidden" else q_raw)
-        return _linear(y.reshape(N, c.model_dim), weights["o"][layer])
+        qkv = _linear(n, shared.weights["qkv"][layer])
+        heads = qkv.view(N, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = self.ops.qk(heads, None, *shared.table, self.q_gain[layer], kv_heads=c.num_kv_heads)
+        y = self.attend(q, k, v, shared.cu_seqlens, c.max_segment)
+        opener = qkv[:, : c.model_dim] if c.gate_input == "query" else n if head is None else head
+        y = self._exclude_and_gate(layer, y, v, opener)
+        return _linear(y.reshape(N, c.model_dim), shared.weights["o"][layer])
+
+    @property
+    def gate_head(self) -> int:
+        """Channels of a normed stream that are wanted apart, because a narrow gate reads them; or 0.
+
+        A few more than it reads, where need be: rows of 16 bytes are read in one piece (0.103 instead of 0.124 ms
+        for the backward of the gates, NVIDIA H200).
+        """
+        c = self.config
+        narrow = c.gate in ("output", "sparse") and c.gate_input == "hidden" and c.gate_window <= MAX_GATE_WINDOW
+        return min(-(-c.gate_window // 8) * 8, c.model_dim) if narrow else 0
 
     def _exclude_and_gate(self, layer: int, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """XSA where this layer has it, and the head gates, which x (N, D) opens."""
@@ -257,24 +328,26 @@ class GPT(nn.Module):
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]
         dropout = self.training and c.norm_dropout_quantile
         if not dropout and not isinstance(up, PackedMatrix) and not isinstance(down, PackedMatrix):
-            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype), c.leaky_slope)
+            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype), c.leaky_slope, fp8=self.fp8 and self.training)
         h = leaky_relu_squared(_linear(n, up), c.leaky_slope)
         return _linear(drop_largest_norms(h, c.norm_dropout_quantile) if dropout else h, down)
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
-    def _weights(self) -> dict[str, list[Tensor] | list[PackedMatrix]]:
-        """Per-role lists of L matrices. `unbind` makes the bank's gradient one stack instead of L sparse sums."""
-        banks = {name: self.packed[name] if name in self.packed else getattr(self, name).unbind(0) for name in BANKS}
+    def _weights(self) -> dict[str, list]:
+        """Per-role lists of L matrices, the layer scales in the rows of `o` and `down`.
+
+        `unbind` makes the bank's gradient one stack instead of L sparse sums. A fused projection is one matrix, or the
+        tuple of its parts where any of them is packed.
+        """
         L = self.config.num_layers
-        return {
-            "q": banks["qo_bank"][:L],
-            "o": banks["qo_bank"][L:],
-            "k": banks["kv_bank"][:L],
-            "v": banks["kv_bank"][L:],
-            "up": banks["mlp_up_bank"],
-            "down": banks["mlp_down_bank"],
-        }
+        qo, kv, up, down = (self.packed[name] if name in self.packed else getattr(self, name) for name in BANKS)
+        if isinstance(qo, Tensor) and isinstance(kv, Tensor):
+            qkv = torch.cat((qo[:L], kv[:L], kv[L:]), dim=1).unbind(0)
+        else:
+            qkv = list(zip(qo[:L], kv[:L], kv[L:], strict=True))
+        o, down = _scale_rows(qo[L:], self.attn_scale), _scale_rows(down, self.mlp_scale)
+        return {"qkv": qkv, "o": o, "up": up.unbind(0) if isinstance(up, Tensor) else up, "down": down}
 
     def use_packed(self, bank: str, matrices: list[PackedMatrix]) -> None:
         """Replace a bank by packed six-bit matrices, for inference: the products go through `int6_linear`."""
@@ -284,11 +357,16 @@ class GPT(nn.Module):
         delattr(self, bank)
 
 
-def _add(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    return x + scale.to(x.dtype) * y
+def _scale_rows(bank: Tensor | list[PackedMatrix], scale: Tensor) -> list[Tensor] | list[PackedMatrix]:
+    """The L matrices of a bank, the rows of each times its row of `scale` (L, R)."""
+    if isinstance(bank, Tensor):
+        return list((bank * scale[:, :, None]).unbind(0))
+    return [PackedMatrix(m.packed, m.scale.float() * s) for m, s in zip(bank, scale.float(), strict=True)]
 
 
-def _linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+def _linear(x: Tensor, weight: Tensor | PackedMatrix | tuple) -> Tensor:
     if isinstance(weight, PackedMatrix):
         return int6_linear(x, *weight)
+    if isinstance(weight, tuple):
+        return torch.cat([_linear(x, part) for part in weight], dim=-1)
     return F.linear(x, weight.to(x.dtype))

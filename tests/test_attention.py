@@ -46,6 +46,27 @@ def test_plain_is_softmax_attention_inside_segments() -> None:
         assert_same_f64(name, g, w)
 
 
+def test_backward_by_turns_is_the_whole_backward() -> None:
+    """Each turn sees as many query heads as there are key heads, and may write its part of dq into a view."""
+    q, k, v, cu_seqlens = inputs(300, CPU, torch.float64)
+    shapes = []
+
+    def backward(q, k, v, y, dy, lse, dq):
+        shapes.append((q.shape[1], lse.shape[0]))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        mine, dk, dv = torch.autograd.grad(attend_plain(*leaves, cu_seqlens, 2048), leaves, dy)
+        assert torch.equal(attend_plain(*leaves, cu_seqlens, 2048), y) and torch.equal(lse, y[..., 0].T)
+        return dq.copy_(mine), dk, dv
+
+    y = attend_plain(q, k, v, cu_seqlens, 2048)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    lse = y[..., 0].T.contiguous()  # any number a head and token, to see that the right heads arrive
+    got = attention._backward_by_turns(backward, dy, q, k, v, y.detach(), lse)
+    assert shapes == [(2, 2), (2, 2)]
+    for name, g, w in zip(("dq", "dk", "dv"), got, torch.autograd.grad(y, (q, k, v), dy), strict=True):
+        assert_same_f64(name, g, w)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rung", LADDER)
 def test_rung_is_as_accurate_as_plain(rung: str) -> None:
@@ -68,11 +89,11 @@ def test_cpu_takes_plain_and_refuses_flash() -> None:
 
 
 def test_ladder_takes_the_first_that_is_there_and_says_why_not(monkeypatch) -> None:
-    def missing(device):
+    def missing(device, deterministic):
         raise ImportError("not installed")
 
     cuda = torch.device("cuda")
-    rungs = dict.fromkeys(LADDER, missing) | {"fa2": lambda device: builtins.id, "torch": lambda device: builtins.len}
+    rungs = dict.fromkeys(LADDER, missing) | {"fa2": lambda *_: builtins.id, "torch": lambda *_: builtins.len}
     monkeypatch.setattr(attention, "_LOADERS", rungs)
     assert choose_attention("auto", cuda, torch.bfloat16) == ("fa2", builtins.id)
     with pytest.raises(ConfigError, match=r"fa4 is not available here \(fa4: not installed\)"):

@@ -1,12 +1,15 @@
 """Edge cases of kernels/qk_norm_rope.py, and the faults its contract must reject."""
 
 import math
+from itertools import chain, combinations
+from unittest.mock import patch
 
 import numerics
 import pytest
 import torch
 from torch import Tensor
 
+from niblick.kernels import qk_norm_rope as module
 from niblick.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +33,14 @@ FAULTS = [
     ("token * stride_token + col.to", "token * stride_head + col.to"),  # raw heads read as if contiguous
     ("partner.to(tl.int64) * stride_d", "partner.to(tl.int64)"),  # partners of dout read as if contiguous
     ("(head < HEADS) & (token < N) & (col < d)", "(head < HEADS) & (token < N - 1) & (col < d)"),  # last token dropped
-    ("k.new_empty(k.shape)\n\n", "k.new_empty(q.shape)\n\n"),  # fake lies
+    ("k.new_empty(k.shape), q.new_empty(v", "k.new_empty(q.shape), q.new_empty(v"),  # fake lies
+    ("v[0].shape if v else 0", "v[0].shape if v else 1"),  # and of what is not there
+    ("_store_heads(dv_ptr, dv, at_k", "_store_heads(dk_ptr, dv, at_k"),  # dv in the slots of dk
+    ("q, k, *(v or [None]), cos", "q, k, *([k] if v else [None]), cos"),  # the values read where the keys are
+    ("_load_heads(v_ptr, at_k, stride_k,", "_load_heads(v_ptr, at_k, G * d,"),  # and as if contiguous
+    ("G if dv_ptr is None else H + 2 * G", "G"),  # dk and dv written as if contiguous
+    ("H if dv_ptr is None else H + 2 * G", "H"),  # and dq
+    ("dq_out, dk_out, dv_out, *tensors", "dq_out, dk_out, None, *tensors"),  # dv forgotten
 ]
 
 
@@ -46,19 +56,28 @@ def arguments(
     return {"cos": cos, "sin": sin} | {key: leaf.requires_grad_() for key, leaf in leaves.items()}
 
 
-def results(fn, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    q, k = fn(**tensors)
-    wanted = [key for key, value in tensors.items() if value is not None and value.requires_grad]
-    cotangents = [torch.cos(torch.arange(z.numel())).bfloat16().view_as(z).to(z) for z in (q, k)]
-    gradients = torch.autograd.grad((q, k), [tensors[key] for key in wanted], cotangents)
-    return {"q_out": q.detach(), "k_out": k.detach()} | dict(zip(wanted, gradients, strict=True))
+def results(fn, tensors: dict[str, object]) -> dict[str, Tensor]:
+    outputs = fn(**tensors)
+    wanted = [key for key, value in tensors.items() if isinstance(value, Tensor) and value.requires_grad]
+    cotangents = [torch.cos(torch.arange(z.numel())).bfloat16().view_as(z).to(z) for z in outputs]
+    gradients = torch.autograd.grad(outputs, [tensors[key] for key in wanted], cotangents)
+    named = zip(("q_out", "k_out", "v_out"), (z.detach() for z in outputs), strict=False)
+    return dict(named) | dict(zip(wanted, gradients, strict=True))
 
 
-def double(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().double().requires_grad_(value.requires_grad)
+def double(value: object) -> object:
+    return value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def assert_as_reference(tensors: dict[str, Tensor | None]) -> None:
+def fused(tensors: dict[str, Tensor]) -> dict[str, object]:
+    """The same heads as one projection, with values behind them."""
+    k = tensors["k"]
+    v = torch.arange(k.numel()).sin().view_as(k).to(k)
+    qkv = torch.cat((tensors["q"], k, v), 1).detach().requires_grad_()
+    return tensors | {"q": qkv, "k": None, "kv_heads": k.shape[1]}
+
+
+def assert_as_reference(tensors: dict[str, object]) -> None:
     got, eager = results(qk_norm_rope, tensors), results(qk_norm_rope_ref, tensors)
     f64 = results(qk_norm_rope_ref, {key: double(value) for key, value in tensors.items()})
     for key in got:
@@ -83,7 +102,9 @@ SHAPES = [(1, 1, 1, 8, 0), (5, 6, 2, 8, 4), (3, 5, 5, 24, 5), (2, 2, 1, 256, 32)
 @pytest.mark.parametrize(("N", "H", "G", "d", "h"), SHAPES)
 def test_any_shape(N: int, H: int, G: int, d: int, h: int, gain: bool) -> None:
     tensors = arguments(N, H, G, d, h)
-    assert_as_reference(tensors if gain else tensors | {"gain": None})
+    tensors = tensors if gain else tensors | {"gain": None}
+    assert_as_reference(tensors)
+    assert_as_reference(fused(tensors))
 
 
 @pytest.mark.parametrize("table", [torch.float32, None])
@@ -92,6 +113,7 @@ def test_dtypes_of_gain_and_tables(dtype: torch.dtype, table: torch.dtype | None
     tensors = arguments(20, 4, 2, 16, 4, dtype, table)
     assert_as_reference(tensors)
     assert_as_reference(tensors | {"gain": tensors["gain"].detach().to(dtype).requires_grad_()})
+    assert_as_reference(fused(tensors))
 
 
 def test_slices_of_a_fused_projection() -> None:
@@ -106,6 +128,88 @@ def test_slices_of_a_fused_projection() -> None:
         assert all(torch.equal(got[key], want[key]) for key in want)
 
 
+# --------------------------------------------------------------------------------------------- a projection taken whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "H", "G", "d", "h"), [*SHAPES, (40, 8, 4, 64, 8)])
+def test_whole_projection_is_its_parts(N: int, H: int, G: int, d: int, h: int, dtype: torch.dtype) -> None:
+    """To the bit, in both directions; what comes back is contiguous, and v no part of the input."""
+    whole = fused(arguments(N, H, G, d, h, dtype))
+    q, k, v = (part.detach().requires_grad_() for part in whole["q"].split((H, G, G), 1))
+    want = results(qk_norm_rope, {**whole, "q": q, "k": k, "kv_heads": None})
+    got = results(qk_norm_rope, whole)
+    dv = torch.cos(torch.arange(v.numel())).bfloat16().view_as(v).to(v)
+    assert torch.equal(got["q"], torch.cat((want["q"], want["k"], dv), 1)) and torch.equal(got["v_out"], v)
+    assert all(torch.equal(got[key], want[key]) for key in ("q_out", "k_out", "gain"))
+    assert all(got[key].is_contiguous() for key in ("q_out", "k_out", "v_out", "q"))
+    assert got["v_out"].untyped_storage().data_ptr() != whole["q"].untyped_storage().data_ptr()
+
+
+def test_rows_and_heads_of_something_wider() -> None:
+    whole = fused(arguments(20, 4, 2, 16, 4))
+    want = results(qk_norm_rope, whole)
+    qkv = whole["q"].detach()
+    nan = torch.full_like(qkv, math.nan)
+    rows, heads = torch.cat((qkv, nan), 1)[:, :8], torch.stack((qkv, nan), 2).flatten(1, 2)[:, ::2]
+    for wider in (rows, heads, torch.cat((qkv, nan), 2)[..., :16], qkv.transpose(0, 1).contiguous().transpose(0, 1)):
+        got = results(qk_norm_rope, whole | {"q": wider.requires_grad_()})
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+USED = list(chain.from_iterable(combinations(range(3), n) for n in (1, 2)))
+
+
+@pytest.mark.parametrize("used", USED)
+def test_unused_results_count_as_zeros(used: tuple[int, ...]) -> None:
+    """And reach the backward as None, not as zeros to be written and read."""
+    whole = fused(arguments(20, 4, 2, 16, 4))
+    outputs = qk_norm_rope(**whole)
+    douts = [torch.cos(torch.arange(z.numel())).view_as(z).to(z) * (i in used) for i, z in enumerate(outputs)]
+    leaves = [whole["q"], whole["gain"]]
+    want = torch.autograd.grad(outputs, leaves, douts, retain_graph=True)
+    with patch.object(module, "_op_backward", wraps=module._op_backward) as backward:
+        got = torch.autograd.grad([outputs[i] for i in used], leaves, [douts[i] for i in used])
+    assert [dout is not None for dout in backward.call_args.args[:3]] == [i in used for i in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradients_of_any_strides() -> None:
+    whole = fused(arguments(20, 4, 2, 16, 4))
+    outputs, leaves = qk_norm_rope(**whole), [whole["q"], whole["gain"]]
+    q, k, v = (torch.cos(torch.arange(z.numel())).view_as(z).to(z) for z in outputs)
+    q = q[:1, :, :1].expand_as(q)
+    want = torch.autograd.grad(outputs, leaves, (q.contiguous(), k, v), retain_graph=True)
+    k, v = k.transpose(0, 1).contiguous().transpose(0, 1), torch.stack((v, torch.full_like(v, math.nan)), 3)[..., 0]
+    got = torch.autograd.grad(outputs, leaves, (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("missing", [(), *USED])
+def test_ops_on_a_whole_projection(missing: tuple[int, ...]) -> None:
+    whole = fused(arguments(6, 4, 2, 16, 4))
+    forward = (whole["q"], None, whole["cos"], whole["sin"], whole["gain"], 2, 1e-6)
+    torch.library.opcheck(module._op, forward)
+    outputs = module._op(*forward)
+    douts = [None if i in missing else torch.ones_like(z) for i, z in enumerate(outputs)]
+    inputs = (t.detach() if isinstance(t, Tensor) else t for t in forward)
+    torch.library.opcheck(module._op_backward, (*douts, *inputs))
+
+
+@pytest.mark.parametrize("parts", [(0, 1, 2), (0, 1), (2,)])
+def test_whole_projection_compiles_whole(parts: tuple[int, ...]) -> None:
+    whole = fused(arguments(6, 4, 2, 16, 4))
+
+    def chosen(fn, **tensors) -> tuple[Tensor, ...]:
+        outputs = fn(**tensors)
+        return tuple(outputs[i] * 2 for i in parts)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **tensors: chosen(qk_norm_rope, **tensors), fullgraph=True, backend="aot_eager")
+    got, want = results(compiled, whole), results(lambda **tensors: chosen(qk_norm_rope, **tensors), whole)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
 def test_one_output_used() -> None:
     tensors = arguments(6, 4, 2, 16, 4)
     _, k_out = qk_norm_rope(**tensors)
@@ -117,14 +221,18 @@ def test_one_output_used() -> None:
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is refused on a GPU")
 def test_float64_is_the_reference_itself() -> None:
     tensors = arguments(10, 4, 2, 16, 4, torch.float64)
-    got, want = results(qk_norm_rope, tensors), results(qk_norm_rope_ref, tensors)
-    for key in want:
-        numerics.assert_same_f64(key, got[key], want[key])
+    for same in (tensors, fused(tensors)):
+        got, want = results(qk_norm_rope, same), results(qk_norm_rope_ref, same)
+        for key in want:
+            numerics.assert_same_f64(key, got[key], want[key])
 
 
 def test_no_tokens() -> None:
     empty = results(qk_norm_rope, arguments(0, 4, 2, 16, 4))
     assert empty["q_out"].shape == empty["q"].shape == (0, 4, 16) and empty["k_out"].shape == (0, 2, 16)
+    assert empty["gain"].tolist() == [0.0] * 4
+    empty = results(qk_norm_rope, fused(arguments(0, 4, 2, 16, 4)))
+    assert empty["q"].shape == (0, 8, 16) and empty["v_out"].shape == empty["k_out"].shape == (0, 2, 16)
     assert empty["gain"].tolist() == [0.0] * 4
 
 
@@ -150,6 +258,17 @@ REFUSED = {
     "gain apart": ({"gain": torch.zeros(8)[::2]}, ValueError, r"gain with adjacent .*\(2,\)"),
     "cos apart": ({"cos": torch.zeros(2, 3).mT}, ValueError, r"contiguous cos and sin, got strides \(1, 3\)"),
     "sin with a gradient": ({"sin": torch.zeros(3, 2, requires_grad=True)}, ValueError, "without a gradient"),
+    "no keys": ({"k": None}, ValueError, "k=None and kv_heads, got neither"),
+    "keys twice": ({"kv_heads": 2}, ValueError, "k=None and kv_heads, got both"),
+    "kv_heads as a float": ({"k": None, "kv_heads": 1.0}, TypeError, "kv_heads to be an int, got 1.0"),
+    "kv_heads as a bool": ({"k": None, "kv_heads": True}, TypeError, "kv_heads to be an int, got True"),
+    "no kv_heads": ({"k": None, "kv_heads": 0}, ValueError, r"got \(3, 4, 8\) with kv_heads=0"),
+    "no queries left": ({"k": None, "kv_heads": 2}, ValueError, r"\(N, H \+ 2 kv_heads, d\).*got \(3, 4, 8\) with"),
+    "flat projection": ({"k": None, "kv_heads": 1, "q": torch.zeros(3, 32)}, ValueError, r"got \(3, 32\) with"),
+    "gain per projected head": ({"k": None, "kv_heads": 1, "gain": torch.zeros(4)}, ValueError, r"shape \(2,\), got"),
+    "wide projection": ({"k": None, "kv_heads": 1, "q": torch.zeros(3, 4, 257)}, ValueError, "d <= 256, got 257"),
+    "apart": ({"k": None, "kv_heads": 1, "q": torch.zeros(3, 8, 4).mT}, ValueError, "q with adjacent channels"),
+    "double tables": ({"k": None, "kv_heads": 1, "cos": torch.zeros(3, 2).double()}, TypeError, "cos in float32"),
     "elsewhere": ({"gain": torch.zeros(4, device="meta")}, ValueError, "got meta"),
 }
 

@@ -42,14 +42,16 @@ NAMESPACE = "niblick"
 GROUP = 128  # K is a multiple of it: a strip is then at least one tl.dot deep
 SMALL_M = 128  # rows of x up to which the weights stay packed
 MAX_RANK = 64
+PIECE = 256  # terms that float32 adds up in one chain
 # By rows of x: output columns, elements of a strip and pipeline stages of a program, its warps; how many programs to
 # aim at by splitting k, and the fewest turns of a loop to leave each. 64 elements are the 128 bytes of a cache line; at
-# 64 rows a second program on each multiprocessor counts for more. NVIDIA H200, 2026-11-20.
+# 64 rows a third stage counts for more than a second program on each multiprocessor, and shares are then half as many.
+# NVIDIA H200, 2026-11-20.
 LAUNCH = {
     8: {"BLOCK_N": 32, "BLOCK_I": 64, "STAGES": 3, "num_warps": 2, "programs": 512, "turns": 4},
     16: {"BLOCK_N": 64, "BLOCK_I": 64, "STAGES": 3, "num_warps": 4, "programs": 256, "turns": 2},
     32: {"BLOCK_N": 64, "BLOCK_I": 64, "STAGES": 2, "num_warps": 4, "programs": 256, "turns": 2},
-    64: {"BLOCK_N": 128, "BLOCK_I": 32, "STAGES": 2, "num_warps": 8, "programs": 256, "turns": 2},
+    64: {"BLOCK_N": 128, "BLOCK_I": 32, "STAGES": 3, "num_warps": 8, "programs": 128, "turns": 2},
 }
 
 
@@ -300,7 +302,7 @@ def _as_given(launcher: Callable) -> Callable:
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     (M, K), N = x.shape, packed.shape[0]
     if M > SMALL_M or x.dtype == torch.float32:
-        y = F.linear(x, _dequantise(packed, scale, x.dtype))
+        y = _matmul(x, _dequantise(packed, scale, x.dtype).t())
         return y if a is None else y + F.linear(F.linear(x, a), b)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not (M and N):
@@ -341,8 +343,19 @@ def _dequantise(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 @_as_given
 def _backward(dy: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     # Adapters train on thousands of rows, where the ordinary GEMM on dequantised weights is the fast way in any case.
-    dx = dy @ _dequantise(packed, scale, dy.dtype)
+    dx = _matmul(dy, _dequantise(packed, scale, dy.dtype))
     return dx if a is None else dx + (dy @ b) @ a
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x w, in float32 in pieces of the sum: in one chain of 8192 terms a library's GEMM may lose 1.3e-6 of the row's
+    largest value, another one of its kernels, for another layout of x, a tenth of that on the same element."""
+    if x.dtype != torch.float32:
+        return x @ w
+    y = x.new_zeros((x.shape[0], w.shape[1]))
+    for x_piece, w_piece in zip(x.split(PIECE, dim=1), w.split(PIECE), strict=True):
+        y.addmm_(x_piece, w_piece)
+    return y
 
 
 @_as_given

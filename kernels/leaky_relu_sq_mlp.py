@@ -4,10 +4,11 @@
     dh = (dy down) 2 leaky(h) leaky'(h)    dx = dh up    dup = dh^T x    ddown = dy^T a
 
 Two kernels: x up^T, whose epilogue writes a and nothing else, and dy down, whose epilogue reads a and writes dh. The
-other four products are torch's own. h is never stored: |leaky(h)| is the root of a, and the sign of h is the last bit
-of a's mantissa. a is therefore rounded, once, from the float32 sum to every second number of its dtype: an error of at
-most one unit in the last place, root mean square 0.58; eager, which rounds h before it squares, has 0.67 (bfloat16). At
-slope 0 (ReLU²) no sign is needed and a is rounded as usual.
+others are torch's own (fp8: a third kernel takes both weight gradients where its tiles fill the card). h is never
+stored: |leaky(h)| is the root of a, and the sign of h is the last bit of a's mantissa. a is therefore rounded, once,
+from the float32 sum to every second number of its dtype: an error of at most one unit in the last place, root mean
+square 0.58; eager, which rounds h before it squares, has 0.67 (bfloat16). At slope 0 (ReLU²) no sign is needed and a is
+rounded as usual.
 
 Shapes: x (..., D), up (F, D), down (D, F), all contiguous and of one dtype: bfloat16, float16 or float32; y like x.
 Sums are float32. float64 runs on CPU only, in plain PyTorch. float16 holds no a below 6e-8: |h| < 2.4e-4 is lost; and
@@ -17,20 +18,23 @@ for the gradients; each (N, F) matrix is 400 MB at N = 98,304, F = 2,048. Arithm
 
 fp8=True: the same on 8-bit floats (e4m3) from compute capability 8.9 on, 16-bit x, sizes that are multiples of 16.
 x, dy and the weights are scaled to a root mean square of 8 and cast, also transposed, because Hopper's 8-bit products
-want both operands contiguous along the summed dimension; the epilogues write h, a and dh in 8 bits, a and dh
-transposed too. Scales are the tensors' own, measured in the same call: nothing to choose, nothing carried from step to
-step, no synchronisation. x, dy and the weights are measured in full: a read more of each, an estimated 0.03 ms for x
-and as much for dy at the record. Scales of h, a and dh follow from those of x, up, dy and down (as of independent
-factors). Casts saturate: x, dy, weights, h at 56 root mean squares, a at that of |h| = 21, dh at 112. Weight gradients
-sum without Hopper's fast accumulation, which costs two digits over 98,304 rows. A cast to e4m3 is off by 2.6 % (root
-mean square), from which y is estimated within 6 %, the gradients within 8 % of float64, where bfloat16 has 0.5 %; what
-the tests bound is 10 %, of the root mean square.
+want both operands contiguous along the summed dimension; the epilogues write a and dh in 8 bits, transposed too, and
+the signs of h, a bit each. So that this costs little, rows of x, dy, up and down^T are cast into an order in which a
+thread of the tensor cores then holds neighbours of the product, blocks of 4 x 4, and stores words instead of bytes.
+Scales are the tensors' own, measured in the same call: nothing to choose, nothing carried from step to step, no
+synchronisation. x, dy and the weights are measured in full: a read more of each, 0.03 ms for x and as much for dy at
+the record. Scales of a and dh follow from those of x, up, dy and down (as of independent factors). Casts saturate: x,
+dy and weights at 56 root mean squares, a at that of |h| = 21, dh at 112. Tensor cores add 8-bit products with 14 bits,
+which costs two digits over 98,304 rows: the weight gradients are therefore taken out of them after CHAIN rows. A cast
+to e4m3 is off by 2.6 % (root mean square); y is within 6 %, the gradients within 7 % of float64 (normal inputs, NVIDIA
+H200), where bfloat16 has 0.5 %; the tests bound them at 10 %, of the root mean square.
 
 Replaces: two linear layers, leaky_relu and square; saves h, leaky(h) and their gradients, 1.2 GB written and read.
 Refuses: other dtypes, anything not contiguous, fp8 where it does not run.
 From: LeakyReLU(0.5)² of PR #1855 of the challenge (ReLU²: So et al. 2021); the fused epilogue of modded-nanogpt.
 """
 
+import math
 from collections.abc import Callable
 from functools import wraps
 
@@ -44,19 +48,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 NAMESPACE = "niblick"
 ROUNDS_BETWEEN = True  # y and the gradients are products of a and dh, which are rounded to x's dtype
 # programs: per multiprocessor, each looping over tiles; 0: one a tile. PARTS: pieces of a tile's columns stored apart.
-# "forward" 0.354 ms and "backward" 0.435 ms at the record size, cuBLAS without an epilogue 0.31 each; 20 configurations
-# each, NVIDIA H200, 2026-11-20. fp8: configurations measured on earlier versions of these kernels, not since;
+# At the record size, NVIDIA H200, 2026-11-20: "forward" 0.354 ms and "backward" 0.435 ms, cuBLAS without an epilogue
+# 0.31 each; "forward fp8" 0.250, "backward fp8" 0.323, cuBLAS 0.15 each; "weights fp8" 0.289 for both, cuBLAS 0.349.
+# Three programs a multiprocessor hide the 8-bit epilogues best, and have 168 registers. 15 to 20 configurations each;
 # "pointers" (other cards, odd sizes) and "float32" are not tuned.
 LAUNCH = {
     "forward": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=64, PARTS=4, programs=3, num_warps=4, num_stages=2),
     "backward": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=32, PARTS=2, programs=0, num_warps=4, num_stages=4),
-    "forward fp8": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=128, PARTS=2, programs=2, num_warps=4, num_stages=3),
-    "backward fp8": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=64, PARTS=2, programs=0, num_warps=4, num_stages=3),
+    "forward fp8": dict(
+        BLOCK_M=128, BLOCK_F=128, BLOCK_K=64, PARTS=2, programs=3, num_warps=4, num_stages=3, maxnreg=168
+    ),
+    "backward fp8": dict(
+        BLOCK_M=128, BLOCK_F=128, BLOCK_K=64, PARTS=2, programs=3, num_warps=4, num_stages=3, maxnreg=168
+    ),
+    "weights fp8": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=5),
     "pointers": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=32, PARTS=1, programs=0, num_warps=8, num_stages=3),
     "float32": dict(BLOCK_M=64, BLOCK_F=64, BLOCK_K=16, PARTS=1, programs=0, num_warps=4, num_stages=2),
 }
-# 0.057 ms for x of the record; same card and day, 6 configurations.
+# 0.050 ms for x of the record; same card and day, 8 configurations.
 CAST = {"BLOCK_M": 64, "BLOCK_D": 128, "num_warps": 4}
+# Rows in one 8-bit sum of a weight gradient: 0.3 % off; in all of them at once 0.9 %, torch's slow accumulation 0.17 %.
+CHAIN = 12288
 SUMS = 1024  # partial sums of squares of a tensor, at most: eight programs a multiprocessor, and one load for all
 
 
@@ -169,9 +181,101 @@ def _times_slope_pairs(da, a, slope: tl.constexpr):
 
 
 @triton.jit
+def _in_order(tile):
+    """A tile of a product of which `_place` ordered the rows and columns, in the order of the tensors.
+
+    Only names change: a thread holds four neighbours in both directions, which it stores together.
+    """
+    BLOCK_M: tl.constexpr = tile.shape[0]
+    BLOCK_F: tl.constexpr = tile.shape[1]
+    parts = tile.reshape((BLOCK_M // 128, 2, 4, 2, 8, BLOCK_F // 16, 2, 4, 2))
+    return parts.permute(0, 2, 4, 1, 3, 5, 7, 6, 8).reshape((BLOCK_M, BLOCK_F))
+
+
+@triton.jit
+def _quarter(t):
+    """The four slices of the last two dimensions, each of two."""
+    even, odd = t.split()
+    t0, t2 = even.split()
+    t1, t3 = odd.split()
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def _four_by_four(tile):
+    """A tile (M, C) as columns of 4 x 4 blocks: (M / 4, C / 4, 2, 2), four of them."""
+    M: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    return _quarter(tile.reshape((M // 4, 4, C // 4, 4)).permute(0, 2, 1, 3).reshape((M // 4, C // 4, 2, 2, 2, 2)))
+
+
+@triton.jit
+def _join_rows(w0, w1, w2, w3):
+    """(M, C) four times to (4 M, C), rows in turn."""
+    M: tl.constexpr = w0.shape[0]
+    C: tl.constexpr = w0.shape[1]
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((M, C, 4)).permute(0, 2, 1).reshape((4 * M, C))
+
+
+@triton.jit
+def _words(eight):
+    """Bytes (M, C), four neighbours in a word: (M, C / 4)."""
+    bytes = eight.to(tl.uint8, bitcast=True).to(tl.int32).reshape((eight.shape[0], eight.shape[1] // 4, 4))
+    return tl.sum(bytes << (8 * tl.arange(0, 4))[None, None, :], axis=2)
+
+
+@triton.jit
+def _epilogue_8_bits(
+    acc, row, col, N, n_cols, seen, out, out_t, signs, positive, negative, ASM: tl.constexpr, BACKWARD: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """x² times `positive` or, where x < 0, `negative`, and signs of x; backward x sqrt(a) times the same, by sign.
+
+    A thread has blocks of 4 x 4 elements. It stores their rows and their columns as words, and their signs as one.
+    """
+    ROWS: tl.constexpr = acc.shape[0] // 4
+    COLS: tl.constexpr = acc.shape[1] // 4
+    if BACKWARD:
+        acc *= tl.sqrt(_load_tile(seen, row, col, N, n_cols, 4 * ROWS, 4 * COLS, TMA).to(tl.float32))
+        # a tile, and not tl.load, whose layout all operands of the assembly would follow
+        bits = _load_tile(signs, row // 4, col // 4, N // 4, n_cols // 4, ROWS, COLS, TMA).to(tl.int32)
+    if ASM is None:
+        place = tl.arange(0, 16)[None, None, :]
+        if BACKWARD:
+            below = ((bits[:, :, None] >> place) & 1).reshape((ROWS, COLS, 4, 4)).permute(0, 2, 1, 3)
+            below = below.reshape((4 * ROWS, 4 * COLS)) != 0
+        else:
+            below = acc < 0
+            blocks = below.to(tl.int32).reshape((ROWS, 4, COLS, 4)).permute(0, 2, 1, 3).reshape((ROWS, COLS, 16))
+            bits = tl.sum(blocks << place, axis=2)
+            acc *= acc
+        eight = (acc * tl.where(below, negative, positive)).to(tl.float8e4nv)  # saturates
+        words, words_t = _words(eight), _words(eight.T)
+    else:  # half of the instructions, for which the tensor cores wait
+        c0, c1, c2, c3 = _four_by_four(acc)
+        x00, x10, x20, x30 = _quarter(c0)
+        x01, x11, x21, x31 = _quarter(c1)
+        x02, x12, x22, x32 = _quarter(c2)
+        x03, x13, x23, x33 = _quarter(c3)
+        if not BACKWARD:
+            bits = tl.zeros((ROWS, COLS), tl.int32)
+        w0, w1, w2, w3, t0, t1, t2, t3, bits = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [x00, x01, x02, x03, x10, x11, x12, x13, x20, x21, x22, x23, x30, x31, x32, x33, positive, negative, bits],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        words, words_t = _join_rows(w0, w1, w2, w3), _join_rows(t0.T, t1.T, t2.T, t3.T)
+    if not BACKWARD:
+        _store_tile(signs, bits.to(tl.int16), row // 4, col // 4, N // 4, n_cols // 4, TMA)
+    _store_tile(out, words, row, col // 4, N, n_cols // 4, TMA)
+    _store_tile(out_t, words_t, col, row // 4, n_cols, N // 4, TMA)
+
+
+@triton.jit
 def _epilogue(
-    acc, row, col, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a,
-    slope: tl.constexpr, BACKWARD: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr, TMA: tl.constexpr,
+    acc, row, col, N, n_cols, seen, out, out_t, signs, unit, s_a,
+    slope: tl.constexpr, BACKWARD: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
     DTYPE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a tile of a product; columns by halves, so that little is held and stores overlap."""
@@ -180,44 +284,42 @@ def _epilogue(
     if PARTS > 1:
         left, right = acc.reshape((BLOCK_M, 2, BLOCK_F // 2)).permute(0, 2, 1).split()
         _epilogue(
-            left, row, col, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a,
-            slope, BACKWARD, FP8, PAIRS, TMA, DTYPE, PARTS // 2,
+            left, row, col, N, n_cols, seen, out, out_t, signs, unit, s_a,
+            slope, BACKWARD, FP8, FAST, TMA, DTYPE, PARTS // 2,
         )  # fmt: skip
         _epilogue(
-            right, row, col + BLOCK_F // 2, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a,
-            slope, BACKWARD, FP8, PAIRS, TMA, DTYPE, PARTS // 2,
+            right, row, col + BLOCK_F // 2, N, n_cols, seen, out, out_t, signs, unit, s_a,
+            slope, BACKWARD, FP8, FAST, TMA, DTYPE, PARTS // 2,
         )  # fmt: skip
     elif not FP8:
         if BACKWARD:
             a = _load_tile(seen, row, col, N, n_cols, BLOCK_M, BLOCK_F, TMA)
-            if PAIRS:
+            if FAST:
                 dh = _times_slope_pairs(acc, a, slope)
             else:
                 dh = _times_slope(acc, a, slope)
             _store_tile(out, dh, row, col, N, n_cols, TMA)
         else:
-            if PAIRS:
+            if FAST:
                 a = _square_pairs(acc, slope)
             else:
                 a = _square(acc, slope, DTYPE)
             _store_tile(out, a, row, col, N, n_cols, TMA)
-    else:  # the casts saturate (cvt.rn.satfinite)
+    else:
         if BACKWARD:
-            h = _load_tile(seen, row, col, N, n_cols, BLOCK_M, BLOCK_F, TMA).to(tl.float32)
-            eight = (acc * tl.where(h < 0, h * (slope * slope * unit), h * unit)).to(tl.float8e4nv)
+            positive, negative = unit, -slope * unit
         else:
-            h = acc * unit
-            leaky = tl.where(h < 0, h * slope, h)
-            _store_tile(out_2, (h * s_h).to(tl.float8e4nv), row, col, N, n_cols, TMA)
-            eight = (leaky * leaky * s_a).to(tl.float8e4nv)
-        _store_tile(out, eight, row, col, N, n_cols, TMA)
-        _store_tile(out_t, eight.T, col, row, n_cols, N, TMA)
+            root = unit * tl.sqrt(s_a)  # the square of unit alone may leave float32
+            positive, negative = root * root, slope * slope * (root * root)
+        _epilogue_8_bits(
+            _in_order(acc), row, col, N, n_cols, seen, out, out_t, signs, positive, negative, FAST, BACKWARD, TMA
+        )
 
 
 @triton.jit
 def _tile_of_product(
-    tile, x, w, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a, K: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS_OF_W: tl.constexpr, slope: tl.constexpr, BACKWARD: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr,
+    tile, x, w, N, n_cols, seen, out, out_t, signs, unit, s_a, K: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS_OF_W: tl.constexpr, slope: tl.constexpr, BACKWARD: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr,
     TMA: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -225,20 +327,23 @@ def _tile_of_product(
     n_blocks = tl.cdiv(n_cols, BLOCK_F)
     row = tile // n_blocks * BLOCK_M
     col = tile % n_blocks * BLOCK_F
-    acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    n_rows = tl.cdiv(N, BLOCK_M) * BLOCK_M if FP8 else N
+    # Pieces of BLOCK_K in float32 are added up in float64: the roundings of one chain over K are beyond twice a
+    # library's error, and float32 sums of pieces are one, as Triton joins acc + dot(a, b) into dot(a, b, acc).
+    acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float64 if DTYPE == tl.float32 else tl.float32)
     for k in range(0, K, BLOCK_K):
-        a = _load_tile(x, row, k, N, K, BLOCK_M, BLOCK_K, TMA).to(OPERAND)
+        a = _load_tile(x, row, k, n_rows, K, BLOCK_M, BLOCK_K, TMA).to(OPERAND)
         if ROWS_OF_W:  # w (n_cols, K), else (K, n_cols)
             b = _load_tile(w, col, k, n_cols, K, BLOCK_F, BLOCK_K, TMA).to(OPERAND).T
         else:
             b = _load_tile(w, k, col, K, n_cols, BLOCK_K, BLOCK_F, TMA).to(OPERAND)
-        if OPERAND == tl.float32:  # in pieces: the roundings of one long chain are beyond twice a library's error
-            acc += tl.dot(a, b, input_precision="ieee")
+        if DTYPE == tl.float32:
+            acc += tl.dot(a, b, input_precision="ieee").to(tl.float64)
         else:
             acc = tl.dot(a, b, acc)
     _epilogue(
-        acc, row, col, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a,
-        slope, BACKWARD, FP8, PAIRS, TMA, DTYPE, PARTS,
+        acc.to(tl.float32), row, col, N, n_cols, seen, out, out_t, signs, unit, s_a,
+        slope, BACKWARD, FP8, FAST, TMA, DTYPE, PARTS,
     )  # fmt: skip
 
 
@@ -251,8 +356,8 @@ def _mlp_kernel(
     seen,  # (N, n_cols), backward: a; with fp8 h
     out,  # (N, n_cols): a or dh
     out_t,  # (n_cols, N), fp8: out transposed
-    out_2,  # (N, n_cols), fp8 forward: h
-    scales,  # fp8: (2, 5, 4) float32, of x, up, down, h, a
+    signs,  # (N/4, n_cols/4) int16, fp8: a bit for each element of a block of 4 x 4
+    scales,  # fp8: (2, 4, 4) float32, of x, up, down, a
     scales_2,  # fp8 backward: (2, 2, 4) float32, of dy, dh
     K: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -260,7 +365,7 @@ def _mlp_kernel(
     slope: tl.constexpr,
     BACKWARD: tl.constexpr,
     FP8: tl.constexpr,
-    PAIRS: tl.constexpr,
+    FAST: tl.constexpr,  # the epilogue's assembly: 16-bit: whether any; 8-bit: it, or None
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
     LOOP: tl.constexpr,
@@ -269,11 +374,11 @@ def _mlp_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    unit, s_h, s_a = 1.0, 1.0, 1.0
+    unit, s_a = 1.0, 1.0
     if FP8:
-        s_h, s_a = tl.load(scales + 12), tl.load(scales + 16)
-        if BACKWARD:  # dh as it is stored, of the product of what is stored and h as it is stored
-            unit = 2.0 * tl.load(scales_2 + 4) / (tl.load(scales_2) * tl.load(scales + 8) * s_h)
+        s_a = tl.load(scales + 12)
+        if BACKWARD:  # dh as it is stored, of the product of what is stored and the root of a as it is stored
+            unit = 2.0 * tl.load(scales_2 + 4) / (tl.load(scales_2) * tl.load(scales + 8) * tl.sqrt(s_a))
         else:  # h, of the product of what is stored
             unit = 1.0 / (tl.load(scales) * tl.load(scales + 4))
     if LOOP:
@@ -281,25 +386,41 @@ def _mlp_kernel(
         n_tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(n_cols, BLOCK_F)
         for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
             _tile_of_product(
-                tile, x, w, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a, K, OPERAND,
-                ROWS_OF_W, slope, BACKWARD, FP8, PAIRS, TMA, DTYPE, BLOCK_M, BLOCK_F, BLOCK_K, PARTS,
+                tile, x, w, N, n_cols, seen, out, out_t, signs, unit, s_a, K, OPERAND,
+                ROWS_OF_W, slope, BACKWARD, FP8, FAST, TMA, DTYPE, BLOCK_M, BLOCK_F, BLOCK_K, PARTS,
             )  # fmt: skip
     else:
         _tile_of_product(
-            tl.program_id(0), x, w, N, n_cols, seen, out, out_t, out_2, unit, s_h, s_a, K, OPERAND,
-            ROWS_OF_W, slope, BACKWARD, FP8, PAIRS, TMA, DTYPE, BLOCK_M, BLOCK_F, BLOCK_K, PARTS,
+            tl.program_id(0), x, w, N, n_cols, seen, out, out_t, signs, unit, s_a, K, OPERAND,
+            ROWS_OF_W, slope, BACKWARD, FP8, FAST, TMA, DTYPE, BLOCK_M, BLOCK_F, BLOCK_K, PARTS,
         )  # fmt: skip
 
 
 @triton.jit
-def _sum_squares_kernel(x_ptr, sums_ptr, n, n_blocks, BLOCK: tl.constexpr):
-    """One partial sum a program over its blocks of the n elements of x."""
+def _sum_squares(x_ptr, n, first, step, BLOCK: tl.constexpr):
     squares = tl.zeros((BLOCK,), tl.float32)
-    for block in tl.range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+    for block in tl.range(first, tl.cdiv(n, BLOCK), step):
         i = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
         squares += x * x
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(squares))
+    return tl.sum(squares)
+
+
+@triton.jit
+def _sum_squares_kernel(
+    x_ptr, up_ptr, down_ptr, sums_ptr, n_x, n_weights, N_X, N_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Partial sums of squares: N_X of x, and, each, N_WEIGHTS of up and down."""
+    program = tl.program_id(0)
+    if N_WEIGHTS == 0:
+        total = _sum_squares(x_ptr, n_x, program, N_X, BLOCK)
+    elif program < N_X:
+        total = _sum_squares(x_ptr, n_x, program, N_X, BLOCK)
+    elif program < N_X + N_WEIGHTS:
+        total = _sum_squares(up_ptr, n_weights, program - N_X, N_WEIGHTS, BLOCK)
+    else:
+        total = _sum_squares(down_ptr, n_weights, program - N_X - N_WEIGHTS, N_WEIGHTS, BLOCK)
+    tl.store(sums_ptr + program, total)
 
 
 @triton.jit
@@ -317,58 +438,156 @@ def _put_scale(scales_ptr, index, n_scales: tl.constexpr, scale):
 
 
 @triton.jit
+def _place(i, ORDER: tl.constexpr):
+    """Where row i goes, that a thread of the tensor cores finds neighbours in what it holds of the product.
+
+    ORDER 128: of the left operand; a thread of four warps has rows l, l + 8, l + 64 and l + 72 of 16 warp. 16: of the
+    right one; it has columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9.
+    """
+    if ORDER == 128:
+        i = (i & -128) | (i >> 2 & 7) | (i & 1) << 3 | (i >> 5 & 3) << 4 | (i >> 1 & 1) << 6
+    elif ORDER == 16:
+        i = (i & -16) | (i & 1) | (i >> 2 & 3) << 1 | (i >> 1 & 1) << 3
+    return i
+
+
+@triton.jit
 def _forward_scales_kernel(
-    x_sums, up_sums, down_sums, n_x_sums, n_up_sums, n_down_sums, n_x, n_up, n_down,
-    scales_ptr,  # (2, 5, 4): of x, up, down, h, a, and their inverses, each in the first of four places
+    sums_ptr, n_x, n_weights, N_X, N_WEIGHTS,
+    scales_ptr,  # (2, 4, 4): of x, up, down, a, and their inverses, each in the first of four places
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    x = _root_mean_square(x_sums, n_x_sums, n_x, BLOCK)
-    up = _root_mean_square(up_sums, n_up_sums, n_up, BLOCK)
+    x = _root_mean_square(sums_ptr, N_X, n_x, BLOCK)
+    up = _root_mean_square(sums_ptr + N_X, N_WEIGHTS, n_weights, BLOCK)
     h = x * up * tl.sqrt(D + 0.0)
-    _put_scale(scales_ptr, 0, 5, 8.0 / x)
-    _put_scale(scales_ptr, 1, 5, 8.0 / up)
-    _put_scale(scales_ptr, 2, 5, 8.0 / _root_mean_square(down_sums, n_down_sums, n_down, BLOCK))
-    _put_scale(scales_ptr, 3, 5, 8.0 / h)
-    _put_scale(scales_ptr, 4, 5, 1.0 / (h * h))
+    _put_scale(scales_ptr, 0, 4, 8.0 / x)
+    _put_scale(scales_ptr, 1, 4, 8.0 / up)
+    _put_scale(scales_ptr, 2, 4, 8.0 / _root_mean_square(sums_ptr + N_X + N_WEIGHTS, N_WEIGHTS, n_weights, BLOCK))
+    _put_scale(scales_ptr, 3, 4, 1.0 / (h * h))
 
 
 @triton.jit
 def _backward_scales_kernel(
-    dy_sums, n_dy_sums, n_dy,
-    scales_ptr,  # (2, 5, 4), of the forward
+    sums_ptr, n_dy, N_DY,
+    scales_ptr,  # (2, 4, 4), of the forward
     scales_2_ptr,  # (2, 2, 4): of dy, dh, and their inverses
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    dy = _root_mean_square(dy_sums, n_dy_sums, n_dy, BLOCK)
-    down, h = 8.0 / tl.load(scales_ptr + 8), 8.0 / tl.load(scales_ptr + 12)
+    dy = _root_mean_square(sums_ptr, N_DY, n_dy, BLOCK)
+    down, h = 8.0 / tl.load(scales_ptr + 8), 1.0 / tl.sqrt(tl.load(scales_ptr + 12))
     _put_scale(scales_2_ptr, 0, 2, 8.0 / dy)
     _put_scale(scales_2_ptr, 1, 2, 4.0 / (dy * down * tl.sqrt(D + 0.0) * 2.0 * h))
 
 
 @triton.jit
-def _cast_kernel(
-    x_ptr,  # (M, D)
-    out_ptr,  # (M, D) e4m3
-    out_t_ptr,  # (D, M) e4m3
-    scale_ptr,
-    M,
-    D,
-    BLOCK_M: tl.constexpr,
+def _cast_tile(
+    x_ptr, out_ptr, out_t_ptr, scale_ptr, tile, M, D, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (rows[:, None] < M) & (cols[None, :] < D)
-    x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+):  # fmt: skip
+    """A tile of x (M, D) in 8 bits, its rows in the order ROWS; and transposed, in the order COLS."""
+    n_blocks = tl.cdiv(D, BLOCK_D)
+    rows = (tile // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tile % n_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < M) & (cols[None, :] < D)
+    x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     eight = (x * tl.load(scale_ptr)).to(tl.float8e4nv)
-    tl.store(out_ptr + rows[:, None] * D + cols[None, :], eight, mask=inside)
-    tl.store(out_t_ptr + cols[:, None] * M + rows[None, :], eight.T, mask=inside.T)
+    tl.store(out_t_ptr + _place(cols, COLS)[:, None] * M + rows[None, :], eight.T, mask=mask.T)
+    if ROWS == 128:  # whole tiles of 128 rows, zeros beyond M
+        mask = (rows[:, None] < tl.cdiv(M, 128) * 128) & (cols[None, :] < D)
+    tl.store(out_ptr + _place(rows, ROWS)[:, None] * D + cols[None, :], eight, mask=mask)
+
+
+@triton.jit
+def _cast_kernel(
+    x_ptr, x8_ptr, x8_t_ptr,  # (N, D): of the forward or dy
+    up_ptr, up8_ptr, up8_t_ptr,  # (n_cols, D)
+    down_ptr, down8_ptr, down8_t_ptr,  # (D, n_cols)
+    scales_ptr, N, D, n_cols, WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if WEIGHTS:
+        of_up = tl.cdiv(n_cols, BLOCK_M) * tl.cdiv(D, BLOCK_D)
+        of_both = of_up + tl.cdiv(D, BLOCK_M) * tl.cdiv(n_cols, BLOCK_D)
+        if program < of_up:
+            _cast_tile(up_ptr, up8_ptr, up8_t_ptr, scales_ptr + 4, program, n_cols, D, 16, 1, BLOCK_M, BLOCK_D)
+        elif program < of_both:
+            tile = program - of_up
+            _cast_tile(down_ptr, down8_ptr, down8_t_ptr, scales_ptr + 8, tile, D, n_cols, 1, 16, BLOCK_M, BLOCK_D)
+        program -= of_both
+    if program >= 0:
+        # the last rows first: the L2 cache still has some of them from the sum
+        tile = tl.cdiv(N, 128) * (128 // BLOCK_M) * tl.cdiv(D, BLOCK_D) - 1 - program
+        _cast_tile(x_ptr, x8_ptr, x8_t_ptr, scales_ptr, tile, N, D, 128, 1, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _long_product(
+    left, right, out_ptr, scale, row, col, N, n_left, n_right, turns, CHUNK, OPERAND: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The tensor cores add 8-bit products with 14 bits: sums of CHUNK turns are taken out and added in float32.
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for chunk in tl.range(0, turns, CHUNK):
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for turn in tl.range(chunk, tl.minimum(chunk + CHUNK, turns)):
+            a = _load_tile(left, row, turn * BLOCK_K, n_left, N, BLOCK_M, BLOCK_K, TMA).to(OPERAND)
+            b = _load_tile(right, col, turn * BLOCK_K, n_right, N, BLOCK_N, BLOCK_K, TMA).to(OPERAND)
+            acc = tl.dot(a, b.T, acc)
+        total += acc
+    rows = row + tl.arange(0, BLOCK_M)[:, None]
+    cols = col + tl.arange(0, BLOCK_N)[None, :]
+    out = (total * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * n_right + cols, out, mask=(rows < n_left) & (cols < n_right))
+
+
+@triton.jit
+def _weight_gradients_kernel(
+    dh_t, x_t, dy_t, a_t, dup_ptr, ddown_ptr, scales_ptr, scales_2_ptr, N, D, n_cols, turns, CHUNK,
+    OPERAND: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile, of_dup = tl.program_id(0), tl.cdiv(n_cols, BLOCK_M) * tl.cdiv(D, BLOCK_N)
+    if tile < of_dup:
+        scale = tl.load(scales_2_ptr + 12) * tl.load(scales_ptr + 16)
+        row, col = tile // tl.cdiv(D, BLOCK_N) * BLOCK_M, tile % tl.cdiv(D, BLOCK_N) * BLOCK_N
+        _long_product(
+            dh_t, x_t, dup_ptr, scale, row, col, N, n_cols, D, turns, CHUNK, OPERAND, TMA, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    else:
+        scale = tl.load(scales_2_ptr + 8) * tl.load(scales_ptr + 28)
+        tile -= of_dup
+        row, col = tile // tl.cdiv(n_cols, BLOCK_N) * BLOCK_M, tile % tl.cdiv(n_cols, BLOCK_N) * BLOCK_N
+        _long_product(
+            dy_t, a_t, ddown_ptr, scale, row, col, N, D, n_cols, turns, CHUNK, OPERAND, TMA, BLOCK_M, BLOCK_N, BLOCK_K
+        )
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
 INTERPRETED = not isinstance(_mlp_kernel, triton.runtime.JITFunction)
 E4M3 = torch.float8_e4m3fn
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, E4M3: tl.float8e4nv}
+
+
+def _assembly(backward: bool) -> str:
+    """For a block of 4 x 4: its rows and columns in 8 bits ($0 to $7) and its 16 signs ($8), from its elements ($9 to
+    $24), the factors of positive and negative ones ($25, $26) and, backward, the signs ($27)."""
+    lines = ["{ .reg .f32 a<16>, f; .reg .b16 lo, hi; .reg .b32 w<4>, u<4>, b; .reg .pred p;", "mov.b32 b, 0;"]
+    for i in reversed(range(16)):
+        if backward:
+            lines += [f"and.b32 b, $27, {1 << i}; setp.ne.b32 p, b, 0;", f"mov.f32 a{i}, ${9 + i};"]
+        else:
+            lines += [f"setp.lt.f32 p, ${9 + i}, 0f00000000; shf.l.wrap.b32 b, ${9 + i}, b, 1;"]
+            lines += [f"mul.f32 a{i}, ${9 + i}, ${9 + i};"]
+        lines += [f"selp.f32 f, $26, $25, p; mul.f32 a{i}, a{i}, f;"]
+    for row in range(4):
+        for half, name in ((0, "lo"), (2, "hi")):
+            lines += [f"cvt.rn.satfinite.e4m3x2.f32 {name}, a{4 * row + half + 1}, a{4 * row + half};"]
+        lines += [f"mov.b32 w{row}, {{lo, hi}};"]
+    # columns: bytes of rows 0 and 1, and of 2 and 3, in turn; then pairs of those in turn
+    for i in range(4):
+        lines += [f"prmt.b32 u{i}, w{i % 2 * 2}, w{i % 2 * 2 + 1}, {'0x5140' if i < 2 else '0x7362'};"]
+    for i in range(4):
+        lines += [f"prmt.b32 ${4 + i}, u{i // 2 * 2}, u{i // 2 * 2 + 1}, {'0x7632' if i % 2 else '0x5410'};"]
+    return "\n".join([*lines, *(f"mov.b32 ${row}, w{row};" for row in range(4)), "mov.b32 $8, b; }"])
 
 
 def _path(*matrices: Tensor) -> str:
@@ -386,16 +605,16 @@ def _product(
     out: Tensor,
     seen: Tensor | None = None,
     out_t: Tensor | None = None,
-    out_2: Tensor | None = None,
+    signs: Tensor | None = None,
     scales: Tensor | None = None,
     scales_2: Tensor | None = None,
 ) -> None:
     """One launch of the kernel; `seen` makes it the backward one, `scales` the 8-bit one."""
     if not out.numel():
         return
-    (N, K), n_cols = x.shape, out.shape[1]
+    (N, n_cols), K = out.shape, x.shape[1]
     backward, fp8 = seen is not None, scales is not None
-    path = _path(*(t for t in (x, w, out, seen, out_t, out_2) if t is not None))
+    path = _path(*(t for t in (x, w, out, seen, out_t, signs) if t is not None))
     tuned = ("backward" if backward else "forward") + (" fp8" if fp8 else "")
     config = dict(LAUNCH["float32" if x.dtype == torch.float32 else tuned if path == "tma" else "pointers"])
     block_m, block_f, block_k = config["BLOCK_M"], config["BLOCK_F"], config["BLOCK_K"]
@@ -407,16 +626,18 @@ def _product(
     n_tiles = triton.cdiv(N, block_m) * triton.cdiv(n_cols, block_f)
     # No interpreter multiplies 16- or 8-bit floats rightly in tl.dot, so there the operands are float32.
     operand = tl.float32 if INTERPRETED else _TYPES[x.dtype]
-    pairs = out.dtype == torch.bfloat16 and slope != 0 and not INTERPRETED
+    fast, word = not INTERPRETED and out.dtype == torch.bfloat16 and slope != 0, 1
+    if fp8:
+        fast, word, out, out_t = None if INTERPRETED else _assembly(backward), 4, *_as_words(out, out_t)
     _mlp_kernel[(min(n_tiles, programs * _processors(x.device)) if programs else n_tiles,)](
         matrix(x, block_m, block_k),
         matrix(w, block_f, block_k) if rows_of_w else matrix(w, block_k, block_f),
         N,
         n_cols,
         matrix(seen, block_m, part),
-        matrix(out, block_m, part),
-        matrix(out_t, part, block_m),
-        matrix(out_2, block_m, part),
+        matrix(out, block_m, part // word),
+        matrix(out_t, part, block_m // word),
+        matrix(signs, block_m // 4, part // 4),
         scales,
         scales_2,
         K,
@@ -425,12 +646,16 @@ def _product(
         abs(slope),  # leaky is squared, or multiplied by its own derivative
         backward,
         fp8,
-        pairs,
+        fast,
         path == "tma",
-        _TYPES[out.dtype],
+        _TYPES[x.dtype],
         programs > 0,
         **config,
     )
+
+
+def _as_words(*matrices: Tensor) -> list[Tensor]:
+    return [t.view(torch.int32) for t in matrices]
 
 
 def _processors(device: torch.device) -> int:
@@ -490,21 +715,34 @@ def _backward_eager(
     return dx, dup, dy.t() @ leaky.square() if with_ddown else h.new_empty(0)
 
 
-def _sums(x: Tensor) -> tuple[Tensor, int]:
-    """Partial sums of squares of all elements, and their number."""
-    n, n_blocks = x.numel(), triton.cdiv(x.numel(), 8192)
-    sums = torch.empty(min(n_blocks, SUMS), dtype=torch.float32, device=x.device)
-    _sum_squares_kernel[sums.shape](x, sums, n, n_blocks, 8192, num_warps=8)
-    return sums, n
+def _sums(x: Tensor, up: Tensor | None = None, down: Tensor | None = None) -> tuple[Tensor, int, int]:
+    """Partial sums of squares of x, and of up and down; how many of x and of each of the others."""
+    n_w = 0 if up is None else up.numel()
+    of_x, of_w = (min(triton.cdiv(n, 8192), limit) for n, limit in ((x.numel(), SUMS), (n_w, SUMS // 8)))
+    sums = torch.empty(of_x + 2 * of_w, dtype=torch.float32, device=x.device)
+    _sum_squares_kernel[sums.shape](x, up, down, sums, x.numel(), n_w, of_x, of_w, 8192, num_warps=8)
+    return sums, of_x, of_w
 
 
-def _cast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """x in 8 bits, and transposed."""
+def _eights(x: Tensor, order: int = 1) -> tuple[Tensor, Tensor]:
+    """For x in 8 bits, to whole tiles of `order` rows, and transposed."""
     M, D = x.shape
-    eight, eight_t = (torch.empty(shape, dtype=E4M3, device=x.device) for shape in ((M, D), (D, M)))
-    grid = (triton.cdiv(M, CAST["BLOCK_M"]), triton.cdiv(D, CAST["BLOCK_D"]))
-    _cast_kernel[grid](x, eight, eight_t, scale, M, D, **CAST)
-    return eight, eight_t
+    padded = triton.cdiv(M, order) * order
+    return x.new_empty((padded, D), dtype=E4M3), x.new_empty((D, M), dtype=E4M3)
+
+
+def _cast(x: Tensor, scales: Tensor, up: Tensor | None = None, down: Tensor | None = None) -> list[Tensor]:
+    """x, up and down in 8 bits, each also transposed."""
+    (N, D), n_cols = x.shape, 0 if up is None else len(up)
+    eights = [*_eights(x, 128), *(t for w in (up, down) for t in ((None, None) if w is None else _eights(w)))]
+    block_m, block_d = CAST["BLOCK_M"], CAST["BLOCK_D"]
+    tiles = triton.cdiv(N, 128) * (128 // block_m) * triton.cdiv(D, block_d)
+    if up is not None:
+        tiles += sum(triton.cdiv(a, block_m) * triton.cdiv(b, block_d) for a, b in ((n_cols, D), (D, n_cols)))
+    _cast_kernel[(tiles,)](
+        x, *eights[:2], up, *eights[2:4], down, *eights[4:], scales, N, D, n_cols, up is not None, **CAST
+    )
+    return eights
 
 
 def _multiply(a: Tensor, b_t: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
@@ -512,45 +750,74 @@ def _multiply(a: Tensor, b_t: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: t
     return torch._scaled_mm(a, b_t.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 
+def _weights_path(D: int, n_cols: int, device: torch.device) -> str:
+    """ "together": both weight gradients in one kernel, where their tiles occupy the multiprocessors; else "apart"."""
+    waves = 2 * triton.cdiv(D, 128) * triton.cdiv(n_cols, 128) / _processors(device)
+    return "together" if waves / math.ceil(waves) > 0.9 else "apart"
+
+
+def _weight_gradients(
+    dh_t: Tensor, x_t: Tensor, dy_t: Tensor, a_t: Tensor, scales: Tensor, scales_2: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    (n_cols, N), D = dh_t.shape, len(x_t)
+    dup, ddown = dh_t.new_empty((n_cols, D), dtype=dtype), dh_t.new_empty((D, n_cols), dtype=dtype)
+    config, tma = LAUNCH["weights fp8"], _path(dh_t, x_t, dy_t, a_t) == "tma"
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+
+    def matrix(t: Tensor, rows: int) -> object:
+        return TensorDescriptor.from_tensor(t, [rows, block_k]) if tma else t
+
+    turns = triton.cdiv(N, block_k)
+    chunk = triton.cdiv(turns, triton.cdiv(turns * block_k, CHAIN))
+    tiles = sum(triton.cdiv(a, block_m) * triton.cdiv(b, block_n) for a, b in ((n_cols, D), (D, n_cols)))
+    _weight_gradients_kernel[(tiles,)](
+        matrix(dh_t, block_m), matrix(x_t, block_n), matrix(dy_t, block_m), matrix(a_t, block_n), dup, ddown, scales,
+        scales_2, N, D, n_cols, turns, chunk, tl.float32 if INTERPRETED else tl.float8e4nv, tma, **config,
+    )  # fmt: skip
+    return dup, ddown
+
+
 @_as_given
 def _forward_fp8(
     x: Tensor, up: Tensor, down: Tensor, negative_slope: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, and for the backward x', h, a', up', down' in 8 bits (' is transposed) and the scales."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, and for the backward x', a, signs of h, a', up', down' in 8 bits (' is transposed) and the scales."""
     (N, D), n_cols = x.shape, len(up)
-    (x_sums, n_x), (up_sums, n_up), (down_sums, n_down) = (_sums(t) for t in (x, up, down))
-    scales = torch.empty((2, 5, 4), dtype=torch.float32, device=x.device)
-    n_sums = len(x_sums), len(up_sums), len(down_sums)
-    _forward_scales_kernel[(1,)](
-        x_sums, up_sums, down_sums, *n_sums, n_x, n_up, n_down, scales, D, triton.next_power_of_2(max(n_sums))
-    )
-    (x8, x8_t), (up8, up8_t), (down8, down8_t) = (_cast(t, scales[0, i, 0]) for i, t in enumerate((x, up, down)))
-    a, h = (torch.empty((N, n_cols), dtype=E4M3, device=x.device) for _ in range(2))
+    sums, of_x, of_w = _sums(x, up, down)
+    scales = torch.empty((2, 4, 4), dtype=torch.float32, device=x.device)
+    _forward_scales_kernel[(1,)](sums, N * D, n_cols * D, of_x, of_w, scales, D, triton.next_power_of_2(of_x + of_w))
+    x8, x8_t, up8, up8_t, down8, down8_t = _cast(x, scales, up, down)
+    a = torch.empty((N, n_cols), dtype=E4M3, device=x.device)
     a_t = torch.empty((n_cols, N), dtype=E4M3, device=x.device)
-    _product(x8, up8, True, negative_slope, a, out_t=a_t, out_2=h, scales=scales)
-    y = _multiply(a, down8, scales[1, 4, 0], scales[1, 2, 0], x.dtype, fast=True)
-    return y, x8_t, h, a_t, up8_t, down8_t, scales
+    signs = torch.empty((N // 4, n_cols // 4), dtype=torch.int16, device=x.device)
+    _product(x8, up8, True, negative_slope, a, out_t=a_t, signs=signs, scales=scales)
+    y = _multiply(a, down8, scales[1, 3, 0], scales[1, 2, 0], x.dtype, fast=True)
+    return y, x8_t, a, signs, a_t, up8_t, down8_t, scales
 
 
 @_as_given
 def _backward_fp8(
-    dy: Tensor, x_t: Tensor, h: Tensor, a_t: Tensor, up_t: Tensor, down_t: Tensor, scales: Tensor,
+    dy: Tensor, x_t: Tensor, a: Tensor, signs: Tensor, a_t: Tensor, up_t: Tensor, down_t: Tensor, scales: Tensor,
     negative_slope: float, with_dx: bool, with_dup: bool, with_ddown: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sums, n = _sums(dy)
+    (N, D), n_cols, (sums, n_sums, _) = dy.shape, a.shape[1], _sums(dy)
     scales_2 = torch.empty((2, 2, 4), dtype=torch.float32, device=dy.device)
-    _backward_scales_kernel[(1,)](sums, len(sums), n, scales, scales_2, dy.shape[1], triton.next_power_of_2(len(sums)))
-    dy8, dy8_t = _cast(dy, scales_2[0, 0, 0])
+    _backward_scales_kernel[(1,)](sums, N * D, n_sums, scales, scales_2, D, triton.next_power_of_2(n_sums))
+    dy8, dy8_t = _cast(dy, scales_2)[:2]
     dx, dup, ddown = (dy.new_empty(0) for _ in range(3))
     if with_dx or with_dup:
-        dh, dh_t = torch.empty_like(h), torch.empty_like(a_t)
-        _product(dy8, down_t, True, negative_slope, dh, seen=h, out_t=dh_t, scales=scales, scales_2=scales_2)
+        dh, dh_t = torch.empty_like(a), torch.empty_like(a_t)
+        _product(
+            dy8, down_t, True, negative_slope, dh, seen=a, out_t=dh_t, signs=signs, scales=scales, scales_2=scales_2
+        )
     if with_dx:
         dx = _multiply(dh, up_t, scales_2[1, 1, 0], scales[1, 1, 0], dy.dtype, fast=True)
+    if with_dup and with_ddown and _weights_path(D, n_cols, dy.device) == "together":
+        return dx, *_weight_gradients(dh_t, x_t, dy8_t, a_t, scales, scales_2, dy.dtype)
     if with_dup:
         dup = _multiply(dh_t, x_t, scales_2[1, 1, 0], scales[1, 0, 0], dy.dtype, fast=False)
     if with_ddown:
-        ddown = _multiply(dy8_t, a_t, scales_2[1, 0, 0], scales[1, 4, 0], dy.dtype, fast=False)
+        ddown = _multiply(dy8_t, a_t, scales_2[1, 0, 0], scales[1, 3, 0], dy.dtype, fast=False)
     return dx, dup, ddown
 
 
@@ -590,13 +857,15 @@ def _backward_fake(dy, x, up, down, a, negative_slope, *wanted):
 @_op_fp8.register_fake
 def _forward_fp8_fake(x, up, down, negative_slope):
     (N, D), n_cols = x.shape, up.shape[0]
-    shapes = ((D, N), (N, n_cols), (n_cols, N), (D, n_cols), (n_cols, D))
-    eights = (x.new_empty(shape, dtype=E4M3) for shape in shapes)
-    return x.new_empty(x.shape), *eights, x.new_empty((2, 5, 4), dtype=torch.float32)
+    x_t, a, a_t, up_t, down_t = (
+        x.new_empty(shape, dtype=E4M3) for shape in ((D, N), (N, n_cols), (n_cols, N), (D, n_cols), (n_cols, D))
+    )
+    signs = x.new_empty((N // 4, n_cols // 4), dtype=torch.int16)
+    return x.new_empty(x.shape), x_t, a, signs, a_t, up_t, down_t, x.new_empty((2, 4, 4), dtype=torch.float32)
 
 
 @_op_fp8_backward.register_fake
-def _backward_fp8_fake(dy, x_t, h, a_t, up_t, down_t, scales, negative_slope, *wanted):
+def _backward_fp8_fake(dy, x_t, a, signs, a_t, up_t, down_t, scales, negative_slope, *wanted):
     D, n_cols = up_t.shape
     shapes = zip((dy.shape, (n_cols, D), (D, n_cols)), wanted, strict=True)
     return tuple(dy.new_empty(shape if w else 0) for shape, w in shapes)
@@ -605,6 +874,7 @@ def _backward_fp8_fake(dy, x_t, h, a_t, up_t, down_t, scales, negative_slope, *w
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.slope = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else autograd writes zeros, a gradient of a
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -621,6 +891,7 @@ def _wanted(ctx, gradients):
 def _setup_context_fp8(ctx, inputs, output):
     ctx.slope = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 

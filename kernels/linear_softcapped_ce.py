@@ -585,6 +585,7 @@ def _setup_context(ctx, inputs, output):
     ctx.wanted = inputs[-2:]
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)  # else autograd writes zeros for them, as many bytes as the gradient of x
     ctx.save_for_backward(*rest[1:])
 
 

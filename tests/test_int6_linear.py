@@ -45,9 +45,10 @@ FAULTS = [
     ("p3 = _fourth(p0, p1, p2, None)", "p3 = _fourth(p1, p0, p2, None)"),  # the dequantiser
     ("tl.float32, None) * scale", "tl.float32, None)"),
     (
-        "_dequantise(packed, scale, dy.dtype)\n    return dx if a is None else dx + (dy @ b) @ a",
-        "_dequantise(packed, scale, dy.dtype)\n    return dx",
+        "_dequantise(packed, scale, dy.dtype))\n    return dx if a is None else dx + (dy @ b) @ a",
+        "_dequantise(packed, scale, dy.dtype))\n    return dx",
     ),
+    ("y.addmm_(x_piece, w_piece)", "y = x_piece @ w_piece"),  # the last piece alone, float32
     ("dy.new_empty((dy.shape[0], packed.shape[1] // 3 * 4))", "dy.new_empty((dy.shape[0], packed.shape[1]))"),
 ]
 

@@ -9,16 +9,15 @@ process is one rank and one GPU; rank 0 prepares the data, writes, scores and pr
 import dataclasses
 import hashlib
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -37,28 +36,22 @@ from niblick.data.prepare import Prepared, prepare
 from niblick.data.shards import count_tokens
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import attention_version, choose_attention
-from niblick.model.checkpoint import load_checkpoint, save_checkpoint
+from niblick.model.checkpoint import load_checkpoint, remove_half_written
 from niblick.model.config import ConfigError, Preset
+from niblick.model.distributed import contact, require_agreement
+from niblick.model.errors import TrainingStopped
 from niblick.model.gpt import GPT
+from niblick.model.launch import Launch, launch, said_once
 from niblick.model.presets import PRESETS
-from niblick.model.progress import ProgressLine
+from niblick.model.run import position_fields, run_clock
 from niblick.model.runlog import RunLog, environment
-from niblick.model.schedule import Clock
-from niblick.model.training import Position, Trainer, train
+from niblick.model.training import Position, Trainer
 
 CHECKPOINT, ARTIFACT, LOG = "checkpoint.safetensors", "artifact.nbk", "log.jsonl"
+PLACES = ("data.cache", "run.out")
+"""Settings in which the ranks may differ: folders of several machines."""
 YARDSTICK_TOKENS = 10_000_000
 """xz -9e codes some 2.5 MB a second: on all of FineWeb's 40 million held-out tokens it would run for minutes."""
-
-
-class Launch(NamedTuple):
-    """Facts of the launch: this process's place and device, and the resolved precision and compilation."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -82,28 +75,19 @@ def parse_preset(words: list[str]) -> tuple[str, Preset]:
 # ---- launch --------------------------------------------------------------------------------------------------------
 
 
-def launch(preset: Preset) -> Launch:
-    """Joins the other ranks, if any. ConfigError for a device that is not there or a batch that does not fit."""
+def join(preset: Preset) -> Launch:
+    """This process's place in the launch."""
+    if preset.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     rank, local_rank, world_size = (
         int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    wanted, run = preset.run.device, preset.run
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device cuda: expected a CUDA device, found none (--run.device cpu trains without one)")
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"torchrun --nproc-per-node: expected at most {torch.cuda.device_count()}, one a CUDA device")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    preset.batch.accumulation(world_size)
-    if world_size > 1:
-        patience = timedelta(hours=2)  # preparing a large text may take rank 0 longer than the usual ten minutes
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
-    half = run.precision == "bf16" or (run.precision == "auto" and cuda)
-    compile = run.compile == "on" or (run.compile == "auto" and cuda)
-    return Launch(rank, world_size, device, torch.bfloat16 if half else torch.float32, compile)
+    with said_once(rank):
+        preset.batch.accumulation(world_size)
+    here = launch(preset, rank, local_rank, world_size)
+    with said_once(rank):
+        require_agreement({name: value for name, value in preset.settings().items() if name not in PLACES})
+    return here
 
 
 def prepare_data(preset: Preset, here: Launch) -> Prepared:
@@ -125,16 +109,23 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
             max_val_tokens=data.max_val_tokens or None,
         )
 
-    if here.world_size == 1:
-        return run()
+    prepared = run() if here.world_size == 1 else prepare_once(run, here.rank)
+    files = {f"data file {path.name}": f"{path.stat().st_size} bytes" for path in (*prepared.train, *prepared.val)}
+    with said_once(here.rank):
+        require_agreement(files | {"tokenizer": hashlib.sha256(Path(prepared.tokenizer).read_bytes()).hexdigest()})
+    return prepared
+
+
+def prepare_once(run: Callable[[], Prepared], rank: int) -> Prepared:
     prepared, refusal = None, [None]
-    if here.rank == 0:
+    if rank == 0:
         try:
             prepared = run()
         except (DataError, OSError) as error:
             refusal = [error]
-    dist.broadcast_object_list(refusal)
-    if refusal[0] and here.rank == 0:
+    with contact():
+        dist.broadcast_object_list(refusal)
+    if refusal[0] and rank == 0:
         raise refusal[0]
     if refusal[0]:
         sys.exit(2)  # rank 0 says why
@@ -179,7 +170,7 @@ class Stages:
 
 def main(words: list[str]) -> None:
     name, preset = parse_preset(words)
-    here = launch(preset)
+    here = join(preset)
     out = Path(preset.run.out)
     stages = Stages(here.rank == 0)
     with stages.stage("data"):
@@ -189,19 +180,20 @@ def main(words: list[str]) -> None:
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
         position = load_checkpoint(out / CHECKPOINT, trainer) if preset.run.resume else Position()
     log = RunLog(out / LOG) if here.rank == 0 else None
-    if log and not preset.run.resume and (out / CHECKPOINT).exists():
-        (out / CHECKPOINT).replace(out / f"previous.{CHECKPOINT}")  # or --resume would take it for this run's
     if log:
+        remove_half_written(out / CHECKPOINT)
+        if not preset.run.resume and (out / CHECKPOINT).exists():
+            (out / CHECKPOINT).replace(out / f"previous.{CHECKPOINT}")  # or --resume would take it for this run's
         announce(name, trainer, rung, here, position, log)
-    if log:
         steps, modes = preset.schedule.warmup_steps, len(trainer.loop_modes())
         print(f"compile and warm-up: {steps} step(s) in each of {modes} loop mode(s)", flush=True)
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
-    with stages.stage("training"):
-        position = run_clock(trainer, prepared, here, position, log)
+    with stages.stage("training"), make_loader(preset, prepared, here, position.cursor) as batches:
+        position = run_clock(trainer, batches, position, out / CHECKPOINT, log)
     if here.world_size > 1:  # what follows is rank 0's alone and may take longer than the others would wait
-        dist.barrier()
+        with contact():
+            dist.barrier()
         dist.destroy_process_group()
     if log:
         finish(trainer, prepared, here, position, stages, log)
@@ -230,45 +222,15 @@ def announce(name: str, trainer: Trainer, rung: str, here: Launch, position: Pos
 
 
 def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
-    rung, attend = choose_attention(preset.model.attention, here.device, here.dtype)
+    rung, attend = choose_attention(preset.model.attention, here.device, here.dtype, preset.run.deterministic)
     if rung == "plain" and here.compile:
         raise ConfigError(
             "run.compile expected flash attention, whose segments stay on the GPU: got plain attention "
             f"({here.device.type}, {here.dtype}; --run.compile off)"
         )
-    model = GPT(preset.model, seed=preset.run.seed, dtype=here.dtype).to(here.device)
+    model = GPT(preset.model, seed=preset.run.seed, dtype=here.dtype, fp8=here.fp8).to(here.device)
     model.attend = attend
     return model, rung
-
-
-def position_fields(position: Position) -> dict[str, object]:
-    return {"step": position.step, "elapsed_s": round(position.elapsed_s, 3)}
-
-
-def run_clock(trainer: Trainer, prepared: Prepared, here: Launch, position: Position, log: RunLog | None) -> Position:
-    """Train until the clock runs out, with a progress line, log records and checkpoints on rank 0."""
-    preset = trainer.preset
-    every_s, path = preset.run.checkpoint_every_s, Path(preset.run.out) / CHECKPOINT
-    last_s = preset.schedule.budget_s - preset.schedule.reserve_s - 5.0  # later, writing would break the budget
-    saved_s = position.elapsed_s
-    with make_loader(preset, prepared, here, position.cursor) as batches, ProgressLine(preset.schedule, log) as line:
-        clock = Clock(here.device, here.world_size, position.elapsed_s, line.update)
-
-        def on_step(position: Position) -> None:
-            nonlocal saved_s
-            # Every rank has the same elapsed_s, so every rank takes this branch at the same step.
-            if every_s and saved_s + every_s <= clock.elapsed_s < last_s:
-                clock.drain()
-                position.elapsed_s = saved_s = clock.elapsed_s
-                if log:  # rank 0; the others stand at the same place with the same state
-                    save_checkpoint(path, trainer, position)
-                    log.write("checkpoint", **position_fields(position))
-                clock.refresh()
-
-        position = train(trainer, batches, clock, position, on_step)
-    if log:
-        log.write("end of training", **position_fields(position))
-    return position
 
 
 # ---- after the clock -----------------------------------------------------------------------------------------------
@@ -357,9 +319,27 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
 
 
 def command(words: list[str]) -> int:
-    """`main` with bad input as one line and exit status 2."""
-    return guarded("train.py", main, words, ArtifactError, ConfigError)
+    """`main` with bad input as one line and exit status 2, and a run that cannot go on as one line and 1."""
+    try:
+        return guarded("train.py", main, words, ArtifactError, ConfigError)
+    except TrainingStopped as stopped:
+        print(f"train.py: {stopped}", file=sys.stderr)
+        return 1
+
+
+def terminate(*_: object) -> None:
+    """What a launcher asks of the ranks that are left: an exception, so that no file stays half-written."""
+    raise TrainingStopped("terminated")
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        status = command(sys.argv[1:])
+    except SystemExit as ended:  # --help, or a refusal that rank 0 words
+        status = ended.code or 0
+    if dist.is_initialized():  # the group has lost a rank, and its teardown would wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

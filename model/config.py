@@ -4,7 +4,7 @@ Validation is in `__post_init__`, so that no object with contradictory settings 
 in seconds, learning rates per step. Presets (`model/presets.py`) are differences from one another.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Impl = Literal["kernel", "reference"]
@@ -217,8 +217,10 @@ class ScheduleConfig:
     warmdown: float = 0.75
     min_lr: float = 0.1
     loop_at: float = 0.35
-    warmup_steps: int = 20
-    """Full steps per loop mode before the clock starts; weights, optimizers and data position are then restored."""
+    warmup_steps: int = 2
+    """Full steps per loop mode before the clock starts; weights, optimizers and data position are then restored, so
+    their number changes nothing that is computed. The published scripts take 20; the first compiles everything and
+    allocates the optimizers' state, the second is like all that follow."""
 
     def __post_init__(self) -> None:
         _require_range(self, "schedule", 0, 1e7, "budget_s", "reserve_s")
@@ -314,24 +316,32 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how; nothing here changes the mathematics, except the seed."""
+    """Where and how; nothing here changes the mathematics, except the seed and what `deterministic` says of itself."""
 
     seed: int = 42
     out: str = "runs/latest"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """`auto`: bf16 on a GPU, fp32 on a CPU. `fp8`: bf16, the large products of training in eight bits."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto`: torch.compile on a GPU, eager on a CPU."""
+    cuda_graphs: bool = True
+    """Replay the compiled forward and backward as one CUDA graph (on a GPU)."""
     checkpoint_every_s: float = 0.0
     """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget;
     in the last 5 s none is written."""
     resume: bool = False
-    """Go on from the checkpoint in `out`."""
+    """Go on from the checkpoint in `out`, on any number of ranks (with data.loader sequences: on as many)."""
+    deterministic: bool = False
+    """The same losses bit for bit, run after run, on the same machines: deterministic algorithms, somewhat slower, and
+    a schedule that follows the step number, as a share of schedule.max_steps, instead of the clock."""
+    patience_s: float = 60.0
+    """Of several ranks: seconds without the end of a step after which the others are given up."""
 
     def __post_init__(self) -> None:
         _require_range(self, "run", 0, 2**63 - 1, "seed")
         _require_range(self, "run", 0, 1e9, "checkpoint_every_s")
+        _require_range(self, "run", 0.1, 1e6, "patience_s")
 
 
 @dataclass(frozen=True)
@@ -344,3 +354,9 @@ class Preset:
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def settings(self) -> dict[str, object]:
+        """Every setting by its name, `section.field`."""
+        return {
+            f"{section}.{name}": value for section, fields in asdict(self).items() for name, value in fields.items()
+        }

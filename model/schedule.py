@@ -1,13 +1,19 @@
 """The schedule as a function of the clock, and the clock itself."""
 
+import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from niblick.model.config import OptimConfig, ScheduleConfig
+from niblick.model.distributed import contact
+from niblick.model.errors import TrainingStopped
+
+POLL_S = 1e-4
 
 
 def progress(elapsed_s: float, config: ScheduleConfig) -> float:
@@ -44,7 +50,10 @@ class Clock:
 
     `tick` is called once a step. On a GPU it enqueues the copy of the step's loss to the host and then waits for the
     step *before* to end, so that one step is always in flight; `ahead_s` adds the time that one will take. Ranks agree
-    on the latest of their clocks, by one number a step over the CPU, so the GPU never waits for it.
+    on the latest of their clocks, over the CPU, so the GPU never waits for it; that some rank's loss is no longer
+    finite travels along, and ends the run on all of them (TrainingStopped).
+
+    `patience_s`: after so long without an answer another rank is given up (RankLost).
     """
 
     def __init__(
@@ -53,10 +62,12 @@ class Clock:
         world_size: int,
         elapsed_s: float = 0.0,
         on_reading: Callable[[Reading], object] = lambda reading: None,
+        patience_s: float = 60.0,
     ) -> None:
         self.device, self.elapsed_s = device, elapsed_s
         self._on_reading = on_reading
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        patience = timedelta(seconds=patience_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
         self._step_s = 0.0
         self._origin = time.perf_counter() - elapsed_s
@@ -89,19 +100,28 @@ class Clock:
             pending, self._pending = self._pending, None
             self._wait(*pending)
 
-    def refresh(self) -> None:
-        """Bring `elapsed_s` up to now, after work on the clock that is no step."""
-        now = torch.tensor(time.perf_counter() - self._origin, dtype=torch.float64)
+    def refresh(self, stop: bool = False) -> bool:
+        """Bring `elapsed_s` up to now; also after work on the clock that is no step. True if any rank says `stop`."""
+        now = torch.tensor([time.perf_counter() - self._origin, stop], dtype=torch.float64)
         if self._group is not None:
-            dist.all_reduce(now, op=dist.ReduceOp.MAX, group=self._group)
-        self.elapsed_s = now.item()
+            with contact():
+                dist.all_reduce(now, op=dist.ReduceOp.MAX, group=self._group)
+        self.elapsed_s, stopped = now.tolist()
+        return bool(stopped)
 
     def _wait(self, step: int, loss: torch.Tensor, event: torch.cuda.Event) -> None:
-        event.synchronize()
+        while not event.query():  # a wait inside CUDA would not be ended by a signal if a rank that died keeps it busy
+            time.sleep(POLL_S)
         self._read(step, loss)
 
     def _read(self, step: int, loss: torch.Tensor) -> None:
-        before = self.elapsed_s
-        self.refresh()
+        before, value = self.elapsed_s, loss.item()
+        finite = math.isfinite(value)
+        stopped = self.refresh(not finite)
+        if stopped:
+            raise TrainingStopped(
+                f"the loss of step {step} is "
+                + (f"not finite on another rank, {value:.4f} here" if finite else f"{value}")
+            )
         self._step_s = self.elapsed_s - before
-        self._on_reading(Reading(step, loss.item(), self.elapsed_s))
+        self._on_reading(Reading(step, value, self.elapsed_s))

@@ -1,17 +1,28 @@
 """One rank's training: the step, the warm-up that leaves no trace, and the loop inside the clock."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from niblick.model.config import ConfigError, Preset
+from niblick.model.cuda_graph import GraphedMicroStep
+from niblick.model.errors import TrainingStopped
 from niblick.model.gpt import GPT
-from niblick.model.optim import EMA, Optimizers, average_gradients
+from niblick.model.memory import micro_step_that_fits
+from niblick.model.optim import EMA, Optimizers
+from niblick.model.rehearsal import alongside
 from niblick.model.schedule import Clock, lr_factor, momentum, progress
+
+REHEARSAL_SEGMENTS = 4
+"""A kernel is compiled for dtypes, widths and whether counts are multiples of 16; so few tokens stand for all."""
 
 
 class Batch(Protocol):
@@ -38,26 +49,25 @@ class Trainer:
     def __init__(self, model: GPT, preset: Preset, device: torch.device, world_size: int, compile: bool) -> None:
         self.model, self.preset = model, preset
         self.device, self.world_size = device, world_size
+        self.rank = dist.get_rank() if world_size > 1 else 0
         self.accumulation = preset.batch.accumulation(world_size)
         if compile and not preset.schedule.warmup_steps:
             raise ConfigError(
                 "schedule.warmup_steps must be at least 1 with run.compile: nothing compiles on the clock"
             )
-        self.optimizers = Optimizers(model, preset.optim)
+        self.optimizers = Optimizers(model, preset.optim, self.rank, world_size)
         self.ema = EMA(model, preset.optim.ema_decay)
-        self.forward = torch.compile(model, fullgraph=True, options=_compiler_options()) if compile else model
+        options = _compiler_options(preset.run.deterministic)
+        self.forward = torch.compile(model, fullgraph=True, options=options) if compile else model
         self.parameters = list(model.parameters())
+        graphs = compile and device.type == "cuda" and preset.run.cuda_graphs
+        self.graphed = GraphedMicroStep(self.forward, self.parameters) if graphs else None
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def step(self, batches: Iterator[Batch], *, factor: float, momentum: float, looping: bool) -> tuple[Tensor, dict]:
-        """Micro-steps, clip, reduction, optimizers, average. Returns the mean loss (on the device) and the cursor."""
+        """Micro-steps, optimizers, average. Returns this rank's mean loss (on the device) and the loader's cursor."""
         loss, cursor = self._gradients(batches, looping)
-        optim = self.preset.optim
-        in_bf16 = optim.clip == "micro" and self.device.type == "cuda"
-        average_gradients(self.parameters, self.world_size, in_bf16)
-        if optim.clip == "global":
-            torch.nn.utils.clip_grad_norm_(self.parameters, optim.grad_clip)
         self.optimizers.step(factor, momentum)
         self._clear_gradients()
         self.ema.update(self.model)
@@ -71,17 +81,15 @@ class Trainer:
         losses, total = [], None
         for _ in range(self.accumulation):
             batch = next(batches)
-            loss = self._micro_step(batch, looping)
-            loss.backward()
-            losses.append(loss.detach())
+            losses.append(self._forward_backward(batch, looping))
             if self.preset.optim.clip == "micro":
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.preset.optim.grad_clip)
             if self.accumulation == 1:
                 break
             gradients = [p.grad for p in self.parameters]
             self._clear_gradients()
-            if total is None:
-                total = gradients
+            if total is None:  # a graph fills the same tensors again
+                total = [g.clone() for g in gradients] if self.graphed else gradients
             else:
                 torch._foreach_add_(total, gradients)
         if total is not None:
@@ -89,6 +97,14 @@ class Trainer:
             for p, gradient in zip(self.parameters, total, strict=True):
                 p.grad = gradient
         return torch.stack(losses).mean(), batch.cursor
+
+    def _forward_backward(self, batch: Batch, looping: bool) -> Tensor:
+        """The loss; the gradients are left in `.grad`."""
+        if self.graphed and self.graphed.fits(batch.cu_seqlens, looping):
+            return self.graphed.replay(batch.ids, batch.targets, batch.cu_seqlens, looping)
+        loss = self._micro_step(batch, looping)
+        loss.backward()
+        return loss.detach()
 
     def _micro_step(self, batch: Batch, looping: bool) -> Tensor:
         ids, targets, cu_seqlens = (
@@ -112,17 +128,69 @@ class Trainer:
 
         Put back are weights, average and all optimizer state, Muon's momentum included (the published multi-GPU
         scripts forget the latter and start with momentum from the warm-up). The caller discards `batches`.
+        ConfigError for a step that does not fit into the GPU's memory, or cannot be deterministic.
         """
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        first = next(batches)
+        batches = chain([first], batches)
+        with alongside(self._rehearsals(first)):
+            for looping in self.loop_modes():
+                for step in range(self.preset.schedule.warmup_steps):
+                    self._warm_up_step(batches, first, momentum(step, self.preset.optim), looping)
         for looping in self.loop_modes():
-            for step in range(self.preset.schedule.warmup_steps):
-                self.step(batches, factor=1.0, momentum=momentum(step, self.preset.optim), looping=looping)
+            self._capture(first, looping)
         self.load_state_dict(before)
+
+    def _capture(self, batch: Batch, looping: bool) -> None:
+        if not self.graphed:
+            return
+        try:
+            self.graphed.capture(*(x.to(self.device) for x in (batch.ids, batch.targets, batch.cu_seqlens)), looping)
+        except torch.OutOfMemoryError:
+            self.graphed = None  # the step itself fits, and goes on without
+            warnings.warn("no memory for a CUDA graph beside the step: training launches every kernel", stacklevel=2)
+
+    def _warm_up_step(self, batches: Iterator[Batch], first: Batch, momentum: float, looping: bool) -> None:
+        try:
+            self.step(batches, factor=1.0, momentum=momentum, looping=looping)
+            return
+        except torch.OutOfMemoryError:
+            pass  # and on below, where the error no longer holds the tensors of the step
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            raise ConfigError(f"run.deterministic: {str(error).split(',')[0]}") from error
+        self._clear_gradients()
+
+        def run(tokens: int) -> None:
+            self._micro_step(_cut(first, tokens), looping).backward()
+            self._clear_gradients()
+
+        raise ConfigError(micro_step_that_fits(self.preset, self.world_size, run, self.device))
+
+    def _rehearsals(self, batch: Batch) -> list[Callable[[], object]]:
+        """What launches each Triton and flash kernel once while Inductor compiles; nothing where nothing compiles."""
+        if self.forward is self.model or self.device.type != "cuda":
+            return []
+        return [lambda: self._rehearse_model(batch), *self.optimizers.muon.rehearsals()]
+
+    def _rehearse_model(self, batch: Batch) -> None:
+        """Forward and backward without Inductor on a few segments. On a copy: training changes the weights meanwhile.
+
+        With the loop off, as the loop adds no kernel.
+        """
+        model = copy.deepcopy(self.model)
+        part = _cut(batch, min(len(batch.ids), REHEARSAL_SEGMENTS * self.preset.model.max_segment))
+        loss = model(*(x.to(self.device) for x in (part.ids, part.targets, part.cu_seqlens)), False)
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, average and optimizer state under flat names (the tensors themselves, not copies)."""
+        """Weights, average and optimizer state under flat names, the same whatever the number of ranks.
+
+        Every rank must call it. On one rank these are the tensors themselves, not copies.
+        """
         return (
             {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
             | {f"ema.{name}": tensor for name, tensor in self.ema.average.items()}
@@ -131,6 +199,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """What `state_dict` gave, on this number of ranks or another."""
         for name, p in self.model.named_parameters():
             p.copy_(tensors[f"model.{name}"])
         for name, tensor in self.ema.average.items():
@@ -141,11 +210,19 @@ class Trainer:
         )
 
 
-def _compiler_options() -> dict[str, object]:
+def _cut(batch: Batch, tokens: int) -> Batch:
+    """The batch's first tokens; segments beyond them become empty."""
+    return replace(
+        batch, ids=batch.ids[:tokens], targets=batch.targets[:tokens], cu_seqlens=batch.cu_seqlens.clamp(max=tokens)
+    )
+
+
+def _compiler_options(deterministic: bool) -> dict[str, object]:
     """Without Inductor's mixed-order reductions: torch 2.11 stops in an assertion (FusedMixOrderReductions) where they
-    meet opaque ops, and where it compiles, PR #1420 of the challenge measured 6 ms a step lost to them."""
-    name = "triton.mix_order_reduction"
-    return {name: False} if name in torch._inductor.list_options() else {}
+    meet opaque ops, and where it compiles, PR #1420 of the challenge measured 6 ms a step lost to them.
+    `deterministic`: no choice among kernels by timing them."""
+    wanted = {"triton.mix_order_reduction": False} | ({"deterministic": True} if deterministic else {})
+    return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
 def train(
@@ -159,9 +236,9 @@ def train(
     limit_s, start = schedule.budget_s - schedule.reserve_s, position.step
     batches = chain([next(batches)], batches)  # a resumed loader finds its place before the clock starts
     clock.start()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with _compiling_is_an_error(position):
         while clock.ahead_s < limit_s and position.step < schedule.max_steps:
-            fraction = progress(clock.ahead_s, schedule)
+            fraction = _progress(trainer.preset, position, clock)
             loss, position.cursor = trainer.step(
                 batches,
                 factor=lr_factor(fraction, schedule),
@@ -178,7 +255,24 @@ def train(
             on_step(position)
         clock.drain()
     position.elapsed_s = clock.elapsed_s
+    trainer.graphed = None  # the memory of the graphs is for what follows
     return position
+
+
+def _progress(preset: Preset, position: Position, clock: Clock) -> float:
+    if preset.run.deterministic:  # no two runs take the same time
+        return position.step / preset.schedule.max_steps
+    return progress(clock.ahead_s, preset.schedule)
+
+
+@contextmanager
+def _compiling_is_an_error(position: Position) -> Iterator[None]:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        try:
+            yield
+        except torch._dynamo.exc.RecompileError as error:
+            reason = " ".join(str(error).split())
+            raise TrainingStopped(f"step {position.step + 1} would compile inside the clock ({reason})") from error
 
 
 def _require_room_for_a_step(took_s: float, limit_s: float) -> None:

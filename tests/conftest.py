@@ -12,7 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by @triton.jit, so it must precede the kernels' import
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores among themselves
+    torch.set_num_threads(1)  # the workers share the cores among themselves, and the cards
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["PYTEST_XDIST_WORKER"][2:]) % torch.cuda.device_count())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

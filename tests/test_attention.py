@@ -47,22 +47,25 @@ def test_plain_is_softmax_attention_inside_segments() -> None:
 
 
 def test_backward_by_turns_is_the_whole_backward() -> None:
-    """Each turn sees as many query heads as there are key heads, and may write its part of dq into a view."""
+    """Each turn sees its query heads and writes into views; the turns' gradients of k and v sum to the whole ones."""
     q, k, v, cu_seqlens = inputs(300, CPU, torch.float64)
-    shapes = []
+    seen = []
 
-    def backward(q, k, v, y, dy, lse, dq):
-        shapes.append((q.shape[1], lse.shape[0]))
+    def backward(q, k, v, y, dy, lse, dq, dk, dv):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        mine, dk, dv = torch.autograd.grad(attend_plain(*leaves, cu_seqlens, 2048), leaves, dy)
-        assert torch.equal(attend_plain(*leaves, cu_seqlens, 2048), y) and torch.equal(lse, y[..., 0].T)
-        return dq.copy_(mine), dk, dv
+        mine = attend_plain(*leaves, cu_seqlens, 2048)
+        assert torch.equal(mine, y) and torch.equal(lse, y[..., 0].T)
+        for into, gradient in zip((dq, dk, dv), torch.autograd.grad(mine, leaves, dy), strict=True):
+            into.copy_(gradient)
+        seen.append(q.shape[1])
 
     y = attend_plain(q, k, v, cu_seqlens, 2048)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     lse = y[..., 0].T.contiguous()  # any number a head and token, to see that the right heads arrive
-    got = attention._backward_by_turns(backward, dy, q, k, v, y.detach(), lse)
-    assert shapes == [(2, 2), (2, 2)]
+    k_turns, v_turns = (x[:, :, None].expand(-1, -1, 2, -1) for x in (k, v))
+    dq, dk, dv = attention._backward_by_turns(backward, dy, q, k_turns, v_turns, y.detach(), lse)
+    assert seen == [2, 2] and dk.shape == k_turns.shape
+    got = dq, dk.sum(2), dv.sum(2)
     for name, g, w in zip(("dq", "dk", "dv"), got, torch.autograd.grad(y, (q, k, v), dy), strict=True):
         assert_same_f64(name, g, w)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from configs import REFERENCE
 from numerics import assert_close_f32, assert_same_f64
+from ranks import one_thread  # noqa: F401
 
 from niblick.kernels.newton_schulz import newton_schulz
 from niblick.model.config import OptimConfig, ScheduleConfig
@@ -101,6 +102,7 @@ def test_muon_updates_every_matrix_of_a_bank_by_its_rule(normuon: str, row_norma
     gradients = [torch.randn(bank.shape, generator=generator) for _ in range(3)]
     for g in gradients:
         bank.grad = g
+        muon.start()
         muon.step(lr=0.05, momentum=0.9)
     for i in range(3):
         want = naive_muon(start[i], [g[i] for g in gradients], config, 0.05, 0.9)
@@ -110,7 +112,9 @@ def test_muon_updates_every_matrix_of_a_bank_by_its_rule(normuon: str, row_norma
 def test_a_zero_gradient_row_or_matrix_stays_finite() -> None:
     bank = torch.nn.Parameter(torch.randn(2, 8, 8))
     bank.grad = torch.zeros_like(bank)
-    Muon({"bank": bank}, OptimConfig(normuon="adaptive")).step(lr=0.1, momentum=0.9)
+    muon = Muon({"bank": bank}, OptimConfig(normuon="adaptive"))
+    muon.start()
+    muon.step(lr=0.1, momentum=0.9)
     assert torch.isfinite(bank).all()
 
 

@@ -43,7 +43,6 @@ TABLE = {
     "schedule.max_steps": (20000,) * 5,
     "schedule.budget_s": (600.0,) * 5,
     "schedule.reserve_s": (12.0, 0.0, 12.0, 0.5, 0.5),
-    "schedule.warmup_steps": (20,) * 5,
     "schedule.warmdown": (0.667, 0.667, 0.667, 0.75, 0.85),
     "schedule.min_lr": (0.0, 0.0, 0.0, 0.1, 0.1),
     "schedule.loop_at": (0.5, None, 0.5, 0.35, 0.35),

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ import pytest
 import torch
 from configs import REFERENCE
 from numerics import assert_close_f32
+from ranks import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
 from niblick.data import command_line
 from niblick.data.errors import DataError
 from niblick.data.prepare import prepare
 from niblick.data.shards import HEADER_BYTES, write_shard
+from niblick.kernels.softcapped_ce import softcapped_ce_ref
 from niblick.model.config import ConfigError
 from niblick.model.runlog import RunLog
 
@@ -57,9 +61,10 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(corpus: Path, tmp_path: Path, capsys):
+def train(corpus: Path, tmp_path: Path, capsys, monkeypatch):
     """Runs train.py here; returns status, stdout, stderr."""
     script = load_script("train")
+    monkeypatch.setattr("niblick.evaluation.score.softcapped_ce", softcapped_ce_ref)  # or a second a score
 
     def run(*words: str) -> tuple[int, str, str]:
         options = ["--data.source", str(corpus), "--data.cache", str(corpus.parent / "cache")]
@@ -188,27 +193,78 @@ def start(words: list[str]) -> None:
     subprocess.run(words, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
 
 
-@pytest.mark.parametrize("clip", ["micro", "global"])
-def test_two_ranks_equal_one_that_accumulates(corpus: Path, tmp_path: Path, clip: str) -> None:
+def test_two_ranks_equal_one_that_accumulates(train, corpus: Path, tmp_path: Path) -> None:
+    """The whole job under torchrun; test_distributed.py has the rest. (Deterministic algorithms give the same.)"""
     shared = ["--batch.tokens-per-step", "512", "--schedule.max-steps", "4", "--run.checkpoint-every-s", "1e-6"]
-    shared += ["--optim.clip", clip, "--optim.grad-clip", "0.02", *STEADY]
+    shared += ["--optim.grad-clip", "0.02", *STEADY]
+    assert train(*shared)[0] == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        start([sys.executable, *launcher, *command(corpus, tmp_path / name, *shared)])
-    one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
+    start([sys.executable, *torchrun, *command(corpus, tmp_path / "two", *PLAIN, *shared, "--run.deterministic")])
+    one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("out", "two"))
     assert one.keys() == two.keys()
     for name in one:
         if name.startswith(("model.", "ema.")):
             assert_close_f32(name, two[name], one[name])
 
 
+def two_ranks(words: list[list[str]]) -> list[subprocess.Popen]:
+    """One process a list of words, without torchrun, which would end the one when the other ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} | place for r in range(2)]
+    return [
+        subprocess.Popen([sys.executable, *w], env=environment() | r, **options)
+        for w, r in zip(words, ranks, strict=True)
+    ]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and not path.exists():
+        time.sleep(0.1)
+
+
+def test_a_rank_that_is_ended_ends_the_other_with_a_line_each(corpus: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "out/checkpoint.safetensors"
+    words = command(corpus, tmp_path / "out", "--batch.tokens-per-step", "512", "--run.checkpoint-every-s", "0.01")
+    first, second = two_ranks([words, words])
+    wait_for(checkpoint)
+    second.send_signal(signal.SIGTERM)
+    end = time.time()
+    left = f"the last checkpoint is {checkpoint}\n"
+    assert second.communicate(timeout=60)[1] == f"train.py: rank 1: terminated; {left}" and second.returncode == 1
+    err = first.communicate(timeout=60)[1]
+    assert err.startswith("train.py: rank 0: lost contact with another rank (") and err.endswith(left)
+    assert err.count("\n") == 1 and first.returncode == 1 and time.time() - end < 20
+    assert load_file(checkpoint)
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_ranks_with_other_settings_or_data_never_start(corpus: Path, tmp_path: Path) -> None:
+    words = command(corpus, tmp_path / "out", "--batch.tokens-per-step", "512")
+    first, second = two_ranks([words, [*words, "--optim.matrix-lr", "0.5"]])
+    line = "train.py: rank 1 has optim.matrix_lr = 0.5: expected 0.026 as on rank 0\n"
+    assert (first.communicate(timeout=60)[1], first.returncode) == (line, 2)
+    assert (second.communicate(timeout=60)[1], second.returncode) == ("", 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_listing_of_the_data_is_compared(train, monkeypatch) -> None:
+    facts = []
+    monkeypatch.setattr(train.script, "require_agreement", facts.append)
+    assert train("--schedule.max-steps", "1")[0] == 0
+    assert facts[0]["optim.matrix_lr"] == 0.026 and not {"run.out", "data.cache"} & facts[0].keys()
+    assert re.fullmatch(r"\d+ bytes", facts[1]["data file niblick_train_000000.bin"]) and "tokenizer" in facts[1]
+
+
 def test_killed_run_goes_on_from_its_checkpoint_to_the_same_artifact(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = [sys.executable, *command(corpus, out, *STEADY, "--run.checkpoint-every-s", "0.05")]
     process = subprocess.Popen(run, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and not (out / "checkpoint.safetensors").exists():
-        time.sleep(0.1)
+    wait_for(out / "checkpoint.safetensors")
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -264,8 +320,6 @@ DAMAGE = {
 
 
 def assert_refused(result: tuple[int, str, str], pattern: str, out: Path) -> None:
-    import re
-
     status, _, err = result
     assert status == 2, err
     assert err.count("\n") == 1 and err.startswith("train.py: ") and "Traceback" not in err, err
@@ -381,3 +435,16 @@ def test_full_disk_for_the_log_costs_the_log_alone(tmp_path: Path, capsys) -> No
 
 def test_batch_that_does_not_divide(train, tmp_path: Path) -> None:
     assert_refused(train("--batch.tokens-per-step", "300"), "multiple of .*256 x 1.*300", tmp_path / "out")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_divide_the_batch(train, tmp_path: Path, monkeypatch, rank: str) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    words = ["--batch.tokens-per-step", "1024"]
+    if rank == "0":
+        assert_refused(train(*words), "multiple of .*256 x 3.*1024", tmp_path / "out")
+        return
+    with pytest.raises(SystemExit) as ended:  # rank 0 says why
+        train(*words)
+    assert ended.value.code == 2

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_close_f32
+from ranks import one_thread  # noqa: F401
 from test_optim import SMALL
 
 from niblick.data.loaders import DocumentLoader
 from niblick.data.shards import write_shard
 from niblick.model.checkpoint import load_checkpoint, save_checkpoint
-from niblick.model.config import BatchConfig, ConfigError, OptimConfig, Preset, ScheduleConfig
+from niblick.model.config import BatchConfig, ConfigError, OptimConfig, Preset, RunConfig, ScheduleConfig
 from niblick.model.gpt import GPT
 from niblick.model.schedule import Clock
 from niblick.model.training import Position, Trainer, train
@@ -31,13 +32,17 @@ def preset(micro_steps: int = 1, **changes) -> Preset:
     return replace(base, **changes)
 
 
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory) -> Path:
+def small_shard(folder: Path) -> Path:
     tokens = np.random.default_rng(0).integers(2, SMALL.vocab_size, 20_000, dtype=np.uint16)
     tokens[::37] = 1
-    path = tmp_path_factory.mktemp("shards") / "small_train_000000.bin"
+    path = folder / "small_train_000000.bin"
     write_shard(path, tokens)
     return path
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    return small_shard(tmp_path_factory.mktemp("shards"))
 
 
 def loader(shard: Path, cursor: dict | None = None, **options) -> DocumentLoader:
@@ -134,15 +139,12 @@ OTHERS = {
     "optim.matrix_lr": lambda p: trainer(replace(p, optim=replace(p.optim, matrix_lr=0.5))),
     "run.seed": lambda p: trainer(replace(p, run=replace(p.run, seed=7))),
     "run.precision": lambda p: Trainer(GPT(p.model, dtype=torch.float64), p, CPU, 1, compile=False),
-    "ranks": lambda p: Trainer(GPT(p.model), replace(p, batch=BatchConfig(128, 64)), CPU, 2, compile=False),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpoint_of_another_run_is_refused_by_setting(tmp_path: Path, name: str) -> None:
     p = preset()
-    if name == "ranks":
-        p = replace(p, batch=BatchConfig(128, 64))
     save_checkpoint(tmp_path / "c", trainer(p), Position())
     with pytest.raises(ConfigError, match=rf"c was written with {name} = .*: expected "):
         load_checkpoint(tmp_path / "c", OTHERS[name](p))
@@ -205,8 +207,9 @@ class CountingClock(Clock):
 
     def start(self) -> None: ...
 
-    def refresh(self) -> None:
+    def refresh(self, stop: bool = False) -> bool:
         self.elapsed_s += 1.0
+        return stop
 
 
 def test_loop_and_learning_rate_follow_the_clock(shard: Path, monkeypatch) -> None:
@@ -268,8 +271,9 @@ def test_average_takes_in_the_weights_after_the_step(shard: Path) -> None:
 
 
 def test_ranks_take_the_latest_of_their_clocks(monkeypatch) -> None:
-    monkeypatch.setattr("torch.distributed.new_group", lambda backend: backend)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda now, op, group: now.clamp_(min=1000.0))
+    latest = torch.tensor([1000.0, 0.0], dtype=torch.float64)
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend, timeout: backend)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda now, op, group: now.copy_(now.maximum(latest)))
     readings = []
     clock = Clock(CPU, 2, on_reading=readings.append)
     clock.start()
@@ -278,14 +282,15 @@ def test_ranks_take_the_latest_of_their_clocks(monkeypatch) -> None:
 
 
 class FakeEvent:
-    """A CUDA event on a machine without CUDA: says when it was waited for."""
+    """A CUDA event on a machine without CUDA: has happened when it is asked for the second time."""
 
     waited: ClassVar[list] = []
 
     def record(self) -> None: ...
 
-    def synchronize(self) -> None:
+    def query(self) -> bool:
         FakeEvent.waited.append(self)
+        return FakeEvent.waited.count(self) == 2
 
 
 def test_on_a_gpu_one_step_stays_in_flight_and_each_loss_keeps_its_number(monkeypatch) -> None:
@@ -299,15 +304,16 @@ def test_on_a_gpu_one_step_stays_in_flight_and_each_loss_keeps_its_number(monkey
         assert [r.step for r in readings] == list(range(1, step)), "the step just enqueued is not waited for"
     assert clock.ahead_s > clock.elapsed_s
     clock.drain()
-    assert [(r.step, r.loss) for r in readings] == [(1, 1.0), (2, 2.0), (3, 3.0)] and len(FakeEvent.waited) == 3
+    assert [(r.step, r.loss) for r in readings] == [(1, 1.0), (2, 2.0), (3, 3.0)] and len(FakeEvent.waited) == 6
     assert clock.ahead_s == clock.elapsed_s
 
 
-def test_training_compiles_without_mixed_order_reductions(monkeypatch) -> None:
-    """Inductor of torch 2.11 stops at them beside opaque ops."""
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_training_compiles_without_mixed_order_reductions(monkeypatch, deterministic: bool) -> None:
+    """Inductor of torch 2.11 stops at them beside opaque ops. Deterministic: it does not choose by timing either."""
     seen = {}
     monkeypatch.setattr(torch, "compile", lambda model, **options: seen.update(options) or model)
-    Trainer(GPT(SMALL), preset(), CPU, 1, compile=True)
-    assert seen["fullgraph"] and not any(seen["options"].values())
-    known = "triton.mix_order_reduction" in torch._inductor.list_options()
-    assert list(seen["options"]) == ["triton.mix_order_reduction"] * known
+    Trainer(GPT(SMALL), preset(run=RunConfig(deterministic=deterministic)), CPU, 1, compile=True)
+    wanted = {"triton.mix_order_reduction": False} | ({"deterministic": True} if deterministic else {})
+    known = torch._inductor.list_options()
+    assert seen["fullgraph"] and seen["options"] == {name: on for name, on in wanted.items() if name in known}

@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,18 +28,27 @@ from rich.table import Table
 
 from niblick.bench import results_file
 from niblick.bench.measure import first_line
+from niblick.bench.workload import (
+    FIRST_STEPS,
+    attention_of,
+    compiling_many,
+    default_preset,
+    in_turns,
+    make_trainer,
+    memory_of,
+    named_preset,
+    one_micro_step,
+    require_device,
+    synthetic_batches,
+    take_step,
+)
 from niblick.data.command_line import guarded, nearest, parse
-from niblick.data.loaders import Batch, document_starts, row_starts
-from niblick.model.attention import attention_version, choose_attention
+from niblick.data.loaders import Batch
 from niblick.model.config import ConfigError, Preset
-from niblick.model.gpt import GPT
-from niblick.model.presets import PRESETS
+from niblick.model.errors import TrainingStopped
 from niblick.model.training import Trainer
 
 DEFAULT = "default"
-BATCHES, BUCKET = 4, 64
-WARM_UP_STEPS = 3
-"""In each loop mode: the first compiles, and after two no matrix is zero any more, as the out-projections start."""
 
 
 @dataclass(frozen=True)
@@ -126,62 +136,21 @@ def loop_modes(preset: Preset, wanted: str) -> list[bool]:
 
 def step_preset(arguments: Arguments) -> Preset:
     """The preset with one micro-step of so many tokens a step."""
-    cuda = arguments.device == "cuda"
-    name = arguments.preset or default_preset(arguments.device)
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-    tokens = arguments.tokens or (98_304 if cuda else 256)
-    preset = PRESETS[name]
-    return replace(
-        preset,
-        model=replace(preset.model, attention=arguments.attention if cuda else "auto"),
-        batch=replace(preset.batch, tokens_per_step=tokens, tokens_per_micro_step=tokens),
-        schedule=replace(preset.schedule, warmup_steps=WARM_UP_STEPS),
-    )
-
-
-def default_preset(device: str) -> str:
-    return "pr1855" if device == "cuda" else "demo"
-
-
-def synthetic_batches(preset: Preset, device: torch.device, seed: int = 0) -> list[Batch]:
-    """Uniform ids in documents of exp(N(ln 600, 0.9²)) tokens, at least 32, each begun by BOS."""
-    config, n = preset.model, preset.batch.tokens_per_micro_step
-    rng = np.random.default_rng(seed)
-    batches = []
-    for _ in range(BATCHES):
-        ids = rng.integers(config.vocab_size - 1, size=n + 1)
-        ids += ids >= config.bos_id  # any id but BOS
-        lengths = np.exp(rng.normal(np.log(600), 0.9, size=n // 32 + 1)).astype(int).clip(32)
-        starts = np.cumsum(lengths) - lengths
-        ids[starts[starts <= n]] = config.bos_id
-        if config.attention_span == "documents":
-            cu_seqlens = document_starts(ids[:-1], config.bos_id, config.max_segment, BUCKET)
-        else:
-            cu_seqlens = row_starts(n, config.max_segment, BUCKET)
-        tensors = [torch.from_numpy(ids[:-1]), torch.from_numpy(ids[1:]), cu_seqlens]
-        # In page-locked memory, as the loaders have them: else each step would wait for the one before.
-        batches.append(Batch(*(x.pin_memory() if device.type == "cuda" else x for x in tensors), {}))
-    return batches
+    preset = named_preset(arguments.preset or default_preset(arguments.device))
+    return one_micro_step(preset, arguments.tokens, arguments.attention, arguments.device)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(preset: Preset, device: torch.device, compile: bool) -> Trainer:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    _, attend = choose_attention(preset.model.attention, device, dtype)
-    model = GPT(preset.model, seed=preset.run.seed, dtype=dtype).to(device)
-    model.attend = attend
-    return Trainer(model, preset, device, 1, compile)
-
-
 def build(preset: Preset, loops: list[bool], device: torch.device, compile: bool) -> Variant:
-    """A variant that has compiled and taken its first steps."""
+    """A variant that has warmed up as for training and taken its first steps."""
     variant, batches = Variant(make_trainer(preset, device, compile)), cycle(synthetic_batches(preset, device))
+    with patch.object(variant.trainer, "loop_modes", lambda: tuple(loops)):  # the others are not timed
+        variant.trainer.warm_up(batches)
     for looping in loops:
-        for _ in range(WARM_UP_STEPS):
-            memory = _memory_of(lambda: _step(variant.trainer, batches, looping), device)  # noqa: B023
+        for _ in range(FIRST_STEPS):
+            memory = memory_of(variant.trainer, lambda: take_step(variant.trainer, batches, looping))  # noqa: B023
             variant.step_bytes[looping] = memory
     return variant
 
@@ -195,18 +164,14 @@ def take_turns(variants: dict[str, Variant], loops: list[bool], rounds: int, ste
     trainer = variants[labels[0]].trainer
     batches = synthetic_batches(trainer.preset, trainer.device)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for turn in range(rounds):
-            first, found = turn % len(labels), {}
-            for label in labels[first:] + labels[:first]:
+        for turn, order in in_turns(labels, rounds):
+            found = {}
+            for label in order:
                 for looping in loops:
                     same = islice(cycle(batches), turn % len(batches), None)
                     found[label, looping] = _time_steps(variants[label].trainer, same, looping, steps)[1:]
             for (label, looping), times in found.items():
                 variants[label].ms.setdefault(looping, []).append(times)
-
-
-def _step(trainer: Trainer, batches: Iterator[Batch], looping: bool) -> None:
-    trainer.step(batches, factor=1.0, momentum=trainer.preset.optim.momentum, looping=looping)
 
 
 def _time_steps(trainer: Trainer, batches: Iterator[Batch], looping: bool, steps: int) -> list[float]:
@@ -217,22 +182,11 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], looping: bool, steps
         if cuda:
             marks[-1].record()
         if i < steps:
-            _step(trainer, batches, looping)
+            take_step(trainer, batches, looping)
     if cuda:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) for a, b in pairwise(marks)]
     return [1e3 * (b - a) for a, b in pairwise(marks)]
-
-
-def _memory_of(step: Callable[[], None], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        step()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def records(variants: dict[str, Variant], presets: dict[str, Preset | str]) -> list[dict[str, object]]:
@@ -272,8 +226,7 @@ def records(variants: dict[str, Variant], presets: dict[str, Preset | str]) -> l
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, words, script="niblick.bench.price", about=__doc__)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("expected a CUDA device, found none (--device cpu tries the command on a tiny step)")
+    device = require_device(arguments.device, "tries the command on a tiny step")
     for option, least in {"rounds": 0, "steps": 2, "precompile": 0}.items():
         if getattr(arguments, option) < least:
             raise ConfigError(f"expected --{option} of {least} or more: got {getattr(arguments, option)}")
@@ -285,14 +238,10 @@ def main(words: list[str]) -> None:
         labels.insert(0, DEFAULT)
     if arguments.out:
         results_file.append(arguments.out, [])  # one that cannot be written is refused before anything is measured
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
+    if device.type == "cpu":
         print("On a CPU, in eager, a tiny step: this shows that the command works, and nothing about a kernel.")
     precompile(arguments, labels, presets)
-    # Every variant and mode is a compilation of the same code object, of which torch allows eight.
-    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+    with compiling_many():
         variants = build_all(arguments, labels, presets, loops, device)
         if arguments.rounds:
             price(arguments, variants, presets, loops, device)
@@ -362,11 +311,10 @@ def tell(
     console.print(table(found))
     out = arguments.out or (results_file.default_path("price", device) if device.type == "cuda" else None)
     if out:
-        rung, _ = choose_attention(trainer.preset.model.attention, device, trainer.model.dtype)
         facts = {
             "preset": arguments.preset or default_preset(device.type),
             "tokens": trainer.preset.batch.tokens_per_step,
-            "attention": f"{rung} {attention_version(rung)}",
+            "attention": attention_of(trainer.preset, device),
             "compile": arguments.compile and device.type == "cuda",
         }
         begin = results_file.start_record(device, **facts)
@@ -395,7 +343,7 @@ def table(found: list[dict[str, object]]) -> Table:
 
 def command(words: list[str]) -> int:
     """`main` with bad input as one line and exit status 2."""
-    return guarded("niblick.bench.price", main, words, ConfigError)
+    return guarded("niblick.bench.price", main, words, ConfigError, TrainingStopped)
 
 
 if __name__ == "__main__":

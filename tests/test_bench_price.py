@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from niblick.bench import price
+from niblick.bench import price, workload
 from niblick.model.config import ConfigError, GPTConfig, Preset
 from niblick.model.presets import PRESETS
 
@@ -95,8 +95,8 @@ def test_what_the_preset_refuses_stands_with_the_refusal(tiny: Preset) -> None:
 
 def test_synthetic_documents() -> None:
     preset = replace(PRESETS["pr1855"], batch=replace(PRESETS["pr1855"].batch, tokens_per_micro_step=98_304))
-    batches = price.synthetic_batches(preset, torch.device("cpu"))
-    assert len(batches) == price.BATCHES and not torch.equal(batches[0].ids, batches[1].ids)
+    batches = workload.synthetic_batches(preset, torch.device("cpu"))
+    assert len(batches) == workload.BATCHES and not torch.equal(batches[0].ids, batches[1].ids)
     medians = []
     for batch in batches:
         assert len(batch.ids) == len(batch.targets) == 98_304 and torch.equal(batch.ids[1:], batch.targets[:-1])

@@ -16,8 +16,8 @@ Checksum = tuple[str, str]
 FIRST = 10
 """Losses shown side by side."""
 SHOWS = """\
-**What this shows.** Both read the same batches in one order, {passes:.3g} times the training text in all{again}, so
-what batches differ in cancels in B less A. The noise is that of A's seeds: the means of two sets of {k} runs that
+**What this shows.** Both read the same batches in one order, so what batches differ in cancels in B less A. In all that is
+{passes:.3g} times the training text.{again} The noise is that of A's seeds: the means of two sets of {k} runs that
 differ in their seeds alone lie no farther apart than it in 95 % of cases, so at most 5 % of such pages say "outside".
 
 **What it does not show.** Nothing beyond {steps} steps: a difference that grows slowly, or one in the average of the
@@ -25,7 +25,7 @@ weights, in quantisation or in scoring, is not seen. "Inside" is no proof of equ
 {bound:.5f} nats is not excluded. Steps are counted here, not seconds: what speed itself gains is another matter. The
 intervals take the seeds' results as normally distributed, which so few of them cannot confirm."""
 WARNING = " From the same seed they start from other weights."
-AGAIN = ": some of it is read again, so the loss is not one on text unseen before"
+AGAIN = " Some of it is\nread again, and the loss is not one on text unseen before."
 PLACE = ("card", "driver", "torch", "triton", "cuda", "python", "attention", "compile", "commit", "date")
 
 

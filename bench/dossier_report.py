@@ -17,8 +17,9 @@ FIRST = 10
 """Losses shown side by side."""
 SHOWS = """\
 **What this shows.** Both read the same batches in one order, so what batches differ in cancels in B less A. In all
-that is {passes:.3g} times the training text.{again} The noise is that of A's seeds: the means of two sets of {k} runs that
-differ in their seeds alone lie no farther apart than it in 95 % of cases, so at most 5 % of such pages say "outside".
+that is {passes:.3g} times the training text.{again} The noise is that of A's seeds: the means of two sets of {k} runs
+that differ in their seeds alone lie no farther apart than it in 95 % of cases, so at most 5 % of such pages say
+"outside".
 
 **What it does not show.** Nothing beyond {steps} steps: a difference that grows slowly, or one in the average of the
 weights, in quantisation or in scoring, is not seen. "Inside" is no proof of equality: a true difference of up to

@@ -1,11 +1,7 @@
-"""Weights to small integers and back: per-row SDClip rounding (PR #1394 of the challenge).
+"""A model's weights to integers: which tensor is rounded how, by `ArtifactConfig`.
 
-A row w (the last dimension) of a matrix becomes integers q and one float16 step s,
-
-    Q = 2^(bits-1) - 1,   s = float16(clip x std(w) / Q),   q = min(max(round(w / s), -Q), Q),   w ~ s q
-
-with the unbiased standard deviation, rounding half to even, and the float16 value of s, widened, in the division. Only
-clip / Q matters at the published settings: rounding error grows with it, coded size shrinks, and nothing is clipped.
+Matrices and embedding: steps (`steps`), then rounding to the nearest, GPTQ (`gptq`), or GPTQ with a trellis (`viterbi`),
+then corrections (`lqer`). Head gates and other small tensors: eight bits or float16.
 """
 
 from typing import NamedTuple
@@ -14,81 +10,99 @@ import torch
 from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
-from niblick.kernels.int6_linear import int6_pack
+from niblick.artifact.gptq import Choose, Factor, Rounded, factorise, gptq, nearest
+from niblick.artifact.lqer import correct_largest_errors
+from niblick.artifact.matrices import HESSIANS, split_roles
+from niblick.artifact.records import Quantized, RowIntegers, SmallIntegers, is_matrix, largest_integer
+from niblick.artifact.steps import SMALLEST_STEP, bits_and_clip, row_steps
+from niblick.artifact.viterbi import along_rows
 from niblick.model.config import ArtifactConfig
-from niblick.model.gpt import BANKS, PackedMatrix
 
-SMALLEST_STEP = 2.0**-24
-"""Of float16. The published floor, 1e-10, rounds to zero in float16, and a row of zeros would divide by it."""
-
-
-class RowIntegers(NamedTuple):
-    """q int8 (..., C) in [-Q, Q], scale float16 (...), one step a row; bits gives Q = 2^(bits-1) - 1."""
-
-    q: Tensor
-    scale: Tensor
-    bits: int
+MAX_GATE = 8192
+"""Values of a layer's gate up to which the published scripts keep it in eight bits."""
 
 
-Quantized = dict[str, RowIntegers | Tensor]
-"""A model's parameters by name: rows of integers, or a float16 tensor for what is too small to be worth it."""
+class Quantization(NamedTuple):
+    """The integers, all on the CPU, and how it went.
 
-
-def quantize(state: dict[str, Tensor], config: ArtifactConfig) -> Quantized:
-    """Banks and embedding to integers, everything else to float16; all on the CPU, so the device does not matter.
-
-    ArtifactError naming tensor and index for a weight that is not finite, or that float16 cannot hold.
+    error: by role the Hessian-weighted error of each matrix, float64 (n,); empty without Hessians.
+    notes: a line for everything out of the ordinary (a Hessian that took more damping).
     """
-    return {name: _quantize(name, tensor.detach().cpu().float(), config) for name, tensor in state.items()}
+
+    tensors: Quantized
+    error: dict[str, Tensor]
+    notes: list[str]
 
 
-def dequantize(quantized: Quantized) -> dict[str, Tensor]:
-    """The parameters in float32: s q for rows of integers. Exact but for that product's rounding."""
-    return {
-        name: tensor.float() if isinstance(tensor, Tensor) else tensor.q.float() * tensor.scale.float()[..., None]
-        for name, tensor in quantized.items()
-    }
+def quantize(
+    state: dict[str, Tensor], config: ArtifactConfig, hessians: dict[str, Tensor] | None = None
+) -> Quantization:
+    """All of a model's parameters to what `config` says, matrices on the Hessians' device.
+
+    `hessians` is what `hessians.collect_hessians` gives; needed unless config.rounding is "nearest". ArtifactError
+    naming tensor and index for a weight that is not finite or that float16 cannot hold.
+    """
+    if config.rounding != "nearest" and hessians is None:
+        raise ArtifactError(f"artifact.rounding {config.rounding}: expected Hessians of the layers' inputs, found none")
+    tensors: Quantized = {}
+    error, notes, factors, weights = {}, [], {}, {}
+    for name, tensor in split_roles(state).items():
+        _require_finite(name, tensor, tensor, "a finite weight")
+        if not is_matrix(name):
+            tensors[name] = _small(name, tensor.detach().cpu().float(), config)
+            continue
+        weights[name] = tensor.detach().float()
+        hessian = None if hessians is None else hessians[HESSIANS[name]]
+        if config.rounding != "nearest" and HESSIANS[name] not in factors:
+            factors[HESSIANS[name]] = factorise(HESSIANS[name], hessian, config.damping)
+            notes += _damping_notes(HESSIANS[name], factors[HESSIANS[name]], config.damping)
+        tensors[name], rounded = _matrices(name, weights[name], config, hessian, factors.get(HESSIANS[name]))
+        if rounded is not None:
+            error[name] = rounded.error.cpu()
+    if config.low_rank_matrices:
+        rows = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, RowIntegers)}
+        tensors |= correct_largest_errors(weights, rows, config.low_rank_matrices, config.low_rank_asymmetric)
+    return Quantization(tensors, error, notes)
 
 
-def pack_for_inference(quantized: Quantized) -> dict[str, list[PackedMatrix]]:
-    """Every bank as packed six-bit matrices, for `GPT.use_packed`. ArtifactError for more bits or an odd width."""
-    packed = {}
-    for name in BANKS:
-        q, scale, bits = quantized[name]
-        if bits > 6:
-            raise ArtifactError(f"packed weights: expected {name} in at most 6 bits, found {bits}")
-        try:
-            packed[name] = [PackedMatrix(int6_pack(matrix), s.float()) for matrix, s in zip(q, scale, strict=True)]
-        except ValueError as error:
-            raise ArtifactError(f"packed weights: {name}: {error}") from error
-    return packed
+def _matrices(
+    role: str, weight: Tensor, config: ArtifactConfig, hessian: Tensor | None, factor: Factor | None
+) -> tuple[RowIntegers, Rounded | None]:
+    if hessian is not None:
+        weight = weight.to(hessian.device)
+    bits, _ = bits_and_clip(role, config)
+    scale = row_steps(role, weight, config, hessian)
+    if factor is None:
+        q, rounded = nearest(largest_integer(bits))(weight / scale.float()[..., None]).to(torch.int8), None
+    else:
+        rounded = gptq(weight, factor, scale.float(), _choose(largest_integer(bits), config))
+        q = rounded.q
+    if config.value_dedup > 1:
+        q = (q.div(config.value_dedup, rounding_mode="floor") * config.value_dedup).to(torch.int8)
+    return RowIntegers(q.cpu(), scale.cpu(), bits, config.states), rounded
 
 
-def largest_integer(bits: int) -> int:
-    return 2 ** (bits - 1) - 1
+def _choose(largest: int, config: ArtifactConfig) -> Choose:
+    return along_rows(largest, config.states) if config.states else nearest(largest)
 
 
-def _bits_and_clip(name: str, config: ArtifactConfig) -> tuple[int, float] | None:
-    if name == "embedding":
-        return config.embedding_bits, config.embedding_clip
-    if name in BANKS:
-        return config.matrix_bits, config.mlp_clip if name.startswith("mlp") else config.attention_clip
-    return None
+def _damping_notes(name: str, factor: Factor, expected: float) -> list[str]:
+    return [
+        f"Hessian of {name}[{i}]: not positive definite with damping {expected:g}, raised to {used:g}"
+        for i, used in enumerate(factor.damping.tolist())
+        if used > 1.5 * expected
+    ]
 
 
-def _quantize(name: str, weight: Tensor, config: ArtifactConfig) -> RowIntegers | Tensor:
-    _require_finite(name, weight, weight, "a finite weight")
-    chosen = _bits_and_clip(name, config)
-    if chosen is None:
-        half = weight.half()
-        _require_finite(name, half, weight, "a weight within float16's range")
-        return half
-    bits, clip = chosen
-    Q = largest_integer(bits)
-    scale = (clip * weight.std(dim=-1) / Q).clamp(min=SMALLEST_STEP).half()
-    _require_finite(name, scale, scale, "a row whose step is within float16's range")
-    q = (weight / scale.float()[..., None]).round().clamp(-Q, Q).to(torch.int8)
-    return RowIntegers(q, scale, bits)
+def _small(name: str, tensor: Tensor, config: ArtifactConfig) -> SmallIntegers | Tensor:
+    gate = name == "gate_weight" and tensor[0].numel() <= MAX_GATE
+    if (config.gate_bits if gate else config.small_bits) == 8:
+        scale = (tensor.abs().amax(-1) / 127).clamp(min=SMALLEST_STEP).half()
+        _require_finite(name, scale, scale, "a step within float16's range")
+        return SmallIntegers((tensor / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale)
+    half = tensor.half()
+    _require_finite(name, half, tensor, "a weight within float16's range")
+    return half
 
 
 def _require_finite(name: str, judged: Tensor, shown: Tensor, expected: str) -> None:

@@ -279,19 +279,68 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ArtifactConfig:
-    """SDClip (PR #1394): a row's step is clip x standard deviation / (2^(bits-1) - 1)."""
+    """Weights to bytes. SDClip (PR #1394): a row's step is clip x standard deviation / (2^(bits-1) - 1)."""
 
     matrix_bits: int = 6
     embedding_bits: int = 7
     attention_clip: float = 13.0
     mlp_clip: float = 11.5
     embedding_clip: float = 14.0
+    row_exponent: float = 1.0
+    """Steps follow a row's standard deviation to this power; 0: equal steps in all rows of a matrix."""
+    hessian_clip: float = 0.0
+    """Strength of the Hessian-aware clip (PR #1412)."""
+    steps_per_octave: int = 0
+    """Steps are powers of 2^(1/n), which cost few bytes; 0: any float16."""
+
+    rounding: Literal["nearest", "gptq", "trellis8", "trellis32"] = "gptq"
+    """`trellis`: GPTQ that picks each column's integers along a trellis of 8 or 32 states."""
+    damping: float = 0.01
+    calibration: Literal["training", "generated"] = "training"
+    """Data of the Hessians: training shards, inside the training budget, or rows that the model draws itself."""
+    calibration_batches: int = 16
+    calibration_tokens: int = 98_304
+    """A batch and rank."""
+    value_dedup: int = 0
+    """t > 1 floors the integers to multiples of t (`CMP_QUANT_VALUE_DEDUP`). A coarser clip is better: see bench/NOTES."""
+    low_rank_matrices: int = 0
+    """LQER: how many matrices get a correction of rank 4."""
+    low_rank_asymmetric: bool = True
+    gate_bits: Literal[8, 16] = 16
+    small_bits: Literal[8, 16] = 16
+
+    container: Literal["niblick", "brotli", "lrzip", "groups_brotli"] = "niblick"
+    """`brotli`: PR #1394's file, shuffled and under brotli; `lrzip`: PR #1855's, a stream a role, which needs the program
+    lrzip; `groups_brotli`: the same with brotli in its place."""
+    sort_rows: bool = True
+    """Of the containers with a stream a role: similar rows beside each other, their order stored."""
     cap_bytes: int = 16_000_000
+    target_bytes: int = 0
+    """Search the clip for which code and model come to just under so many bytes; 0: take the clips as they are."""
+
+    @property
+    def states(self) -> int:
+        """Of the trellis, 0 for none."""
+        return int(self.rounding.removeprefix("trellis")) if self.rounding.startswith("trellis") else 0
 
     def __post_init__(self) -> None:
+        _require_choices(self, "artifact")
         _require_range(self, "artifact", 2, 8, "matrix_bits", "embedding_bits")
         _require_range(self, "artifact", 1e-6, 1e6, "attention_clip", "mlp_clip", "embedding_clip")
-        _require_range(self, "artifact", 1, 1e12, "cap_bytes")
+        _require_range(self, "artifact", 0, 1, "row_exponent", "hessian_clip")
+        _require_range(self, "artifact", 0, 1024, "steps_per_octave")
+        _require_range(self, "artifact", 0, 10, "damping")
+        _require_range(self, "artifact", 0, 64, "value_dedup", "low_rank_matrices")
+        _require_range(self, "artifact", 1, 1e9, "calibration_batches", "calibration_tokens", "cap_bytes")
+        _require_range(self, "artifact", 0, 1e12, "target_bytes")
+        _require(
+            not (self.states and self.container != "niblick"),
+            f"artifact.rounding {self.rounding} needs artifact.container niblick: got {self.container}",
+        )
+        _require(
+            not (self.states and self.value_dedup > 1),
+            f"artifact.value_dedup breaks a trellis: got {self.value_dedup} with rounding {self.rounding}",
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ are one projection, and what a block adds last (its MLP) is summed in the next b
 Sizes in comments: N tokens, D width, H and G query and key/value heads, d head width, F hidden width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.fp8 = config, dtype, fp8
         self.attend: Attend = attend_plain
-        self.packed: dict[str, list[PackedMatrix]] = {}
+        self.packed: dict[str, list[PackedMatrix | Tensor]] = {}
+        self.observe: Callable[[str, int, Tensor], None] | None = None
+        """Called with (what, layer, x) for every x (N, C) that a layer's matrices multiply, as `artifact.hessians` asks."""
         self._create_parameters(torch.float64 if dtype == torch.float64 else torch.float32)
         self._initialize(torch.Generator().manual_seed(seed))
         self.rotary = Rotary(config)
@@ -295,8 +298,11 @@ class GPT(nn.Module):
         q, k, v = self.ops.qk(heads, None, *shared.table, self.q_gain[layer], kv_heads=c.num_kv_heads)
         y = self.attend(q, k, v, shared.cu_seqlens, c.max_segment)
         opener = qkv[:, : c.model_dim] if c.gate_input == "query" else n if head is None else head
-        y = self._exclude_and_gate(layer, y, v, opener)
-        return _linear(y.reshape(N, c.model_dim), shared.weights["o"][layer])
+        y = self._exclude_and_gate(layer, y, v, opener).reshape(N, c.model_dim)
+        if self.observe:
+            self.observe("attn_in", layer, n)
+            self.observe("attn_out", layer, y)
+        return _linear(y, shared.weights["o"][layer])
 
     @property
     def gate_head(self) -> int:
@@ -327,9 +333,13 @@ class GPT(nn.Module):
     def _mlp(self, layer: int, n: Tensor, weights) -> Tensor:
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]
         dropout = self.training and c.norm_dropout_quantile
-        if not dropout and not isinstance(up, PackedMatrix) and not isinstance(down, PackedMatrix):
+        packed = isinstance(up, PackedMatrix) or isinstance(down, PackedMatrix)
+        if not dropout and not packed and not self.observe:
             return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype), c.leaky_slope, fp8=self.fp8 and self.training)
         h = leaky_relu_squared(_linear(n, up), c.leaky_slope)
+        if self.observe:
+            self.observe("mlp_in", layer, n)
+            self.observe("mlp_hidden", layer, h)
         return _linear(drop_largest_norms(h, c.norm_dropout_quantile) if dropout else h, down)
 
     # ---- weights -----------------------------------------------------------------------------------------------
@@ -349,19 +359,25 @@ class GPT(nn.Module):
         o, down = _scale_rows(qo[L:], self.attn_scale), _scale_rows(down, self.mlp_scale)
         return {"qkv": qkv, "o": o, "up": up.unbind(0) if isinstance(up, Tensor) else up, "down": down}
 
-    def use_packed(self, bank: str, matrices: list[PackedMatrix]) -> None:
-        """Replace a bank by packed six-bit matrices, for inference: the products go through `int6_linear`."""
+    def use_packed(self, bank: str, matrices: list[PackedMatrix | Tensor]) -> None:
+        """Replace a bank by packed six-bit matrices, for inference: the products go through `int6_linear`.
+
+        Single ones may stay as they are, (R, C): those whose weights are more than integers and steps.
+        """
         if bank not in BANKS or len(matrices) != getattr(self, bank).shape[0]:
             raise ConfigError(f"expected one packed matrix for each of a bank in {BANKS}: got {bank}, {len(matrices)}")
         self.packed[bank] = matrices
         delattr(self, bank)
 
 
-def _scale_rows(bank: Tensor | list[PackedMatrix], scale: Tensor) -> list[Tensor] | list[PackedMatrix]:
+def _scale_rows(bank: Tensor | list[PackedMatrix | Tensor], scale: Tensor) -> list[PackedMatrix | Tensor]:
     """The L matrices of a bank, the rows of each times its row of `scale` (L, R)."""
     if isinstance(bank, Tensor):
         return list((bank * scale[:, :, None]).unbind(0))
-    return [PackedMatrix(m.packed, m.scale.float() * s) for m, s in zip(bank, scale.float(), strict=True)]
+    return [
+        m * s[:, None] if isinstance(m, Tensor) else PackedMatrix(m.packed, m.scale.float() * s)
+        for m, s in zip(bank, scale.float(), strict=True)
+    ]
 
 
 def _linear(x: Tensor, weight: Tensor | PackedMatrix | tuple) -> Tensor:

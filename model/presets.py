@@ -18,7 +18,9 @@ from niblick.model.config import (
 
 PR1934 = Preset(
     model=GPTConfig(smear_bos_mask=False, gate_scale=1.0),
-    artifact=ArtifactConfig(attention_clip=12.0, mlp_clip=12.0, embedding_clip=12.0),
+    artifact=ArtifactConfig(
+        attention_clip=12.0, mlp_clip=12.0, embedding_clip=12.0, gate_bits=8, low_rank_matrices=3, container="lrzip"
+    ),
     run=RunConfig(device="cuda"),
 )
 
@@ -27,7 +29,7 @@ PR1855 = replace(
     model=replace(PR1934.model, smear_bos_mask=True, gate_scale=0.5),
     optim=replace(PR1934.optim, beta2=0.99, embedding_decay=0.085),
     schedule=replace(PR1934.schedule, warmdown=0.85),
-    artifact=ArtifactConfig(attention_clip=13.0, mlp_clip=11.5, embedding_clip=14.0),
+    artifact=replace(PR1934.artifact, attention_clip=13.0, mlp_clip=11.5, embedding_clip=14.0),
 )
 
 PR1514 = replace(
@@ -53,7 +55,14 @@ PR1514 = replace(
     ),
     schedule=replace(PR1934.schedule, reserve_s=12.0, warmdown=0.667, min_lr=0.0, loop_at=0.5),
     data=DataConfig(loader="sequences"),
-    artifact=ArtifactConfig(embedding_bits=8, attention_clip=12.85, mlp_clip=12.85, embedding_clip=20.0),
+    artifact=ArtifactConfig(
+        embedding_bits=8,
+        attention_clip=12.85,
+        mlp_clip=12.85,
+        embedding_clip=20.0,
+        calibration_batches=64,
+        container="brotli",
+    ),
 )
 
 PR1477 = replace(
@@ -109,6 +118,7 @@ DEMO = replace(
     optim=replace(PR1855.optim, ema_decay=0.97),  # an average over tens of steps: a run has a few hundred
     batch=BatchConfig(tokens_per_step=2048, tokens_per_micro_step=2048),
     data=DataConfig(max_val_tokens=100_000),
+    artifact=replace(PR1855.artifact, container="niblick", calibration_batches=8, calibration_tokens=8192),
     evaluation=EvalConfig(sequence_length=512, stride=128, tokens_per_batch=8192),
     run=RunConfig(checkpoint_every_s=30.0),
 )

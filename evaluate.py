@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from niblick.artifact.container import require_tokenizer
+from niblick.artifact.container import read_artifact, require_tokenizer
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import Weights, load_model
 from niblick.data import tokenizer as tokenizers
@@ -68,7 +68,8 @@ def main(words: list[str]) -> None:
     if arguments.out and not arguments.out.parent.is_dir():
         raise ConfigError(f"--out: expected a folder {arguments.out.parent} to write into, found none")
     device, dtype = choose_device(arguments.device)
-    model, rung = load_model(arguments.artifact, device, dtype, arguments.weights, arguments.attention)
+    artifact = read_artifact(arguments.artifact)
+    model, rung = load_model(artifact, device, dtype, arguments.weights, arguments.attention)
     paths = find_shards(arguments.data, "val")
     tokenizer = arguments.tokenizer or tokenizers.find(arguments.data)
     data = ValidationSet.load(
@@ -78,7 +79,7 @@ def main(words: list[str]) -> None:
         bos_id=model.config.bos_id,
         max_tokens=arguments.max_tokens,
     )
-    require_tokenizer(arguments.artifact, tokenizer)
+    require_tokenizer(artifact, tokenizer)
     config = EvalConfig(
         method=arguments.method,
         tail=arguments.tail,

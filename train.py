@@ -21,11 +21,14 @@ import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from niblick.artifact.container import read_container, write_artifact
+from niblick.artifact.container import read_artifact, write_artifact
 from niblick.artifact.errors import ArtifactError
+from niblick.artifact.hessians import calibrate
 from niblick.artifact.ledger import byte_ledger, source_files, table_rows
 from niblick.artifact.load import load_model, set_weights
+from niblick.artifact.published import require_lrzip
 from niblick.artifact.quantize import quantize
 from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
@@ -170,6 +173,8 @@ class Stages:
 
 def main(words: list[str]) -> None:
     name, preset = parse_preset(words)
+    if preset.artifact.container == "lrzip":
+        require_lrzip()  # now, not after ten minutes of training
     here = join(preset)
     out = Path(preset.run.out)
     stages = Stages(here.rank == 0)
@@ -191,12 +196,14 @@ def main(words: list[str]) -> None:
         trainer.warm_up(batches)
     with stages.stage("training"), make_loader(preset, prepared, here, position.cursor) as batches:
         position = run_clock(trainer, batches, position, out / CHECKPOINT, log)
+    with stages.stage("calibration"):
+        hessians = collect(trainer, prepared, here)
     if here.world_size > 1:  # what follows is rank 0's alone and may take longer than the others would wait
         with contact():
             dist.barrier()
         dist.destroy_process_group()
     if log:
-        finish(trainer, prepared, here, position, stages, log)
+        finish(trainer, prepared, here, position, stages, log, hessians)
 
 
 def announce(name: str, trainer: Trainer, rung: str, here: Launch, position: Position, log: RunLog) -> None:
@@ -236,16 +243,45 @@ def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
 # ---- after the clock -----------------------------------------------------------------------------------------------
 
 
-def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Position, stages: Stages, log: RunLog) -> None:
-    """Average -> score -> quantise -> score -> write -> reload -> score -> the tables."""
+def collect(trainer: Trainer, prepared: Prepared, here: Launch) -> dict[str, Tensor] | None:
+    """The averaged weights take their place in the model, and all ranks sum what its matrices see."""
+    preset, artifact = trainer.preset, trainer.preset.artifact
+    trainer.ema.copy_to(trainer.model)
+    trainer.model.eval()
+    row = preset.model.max_segment
+    rows = loaders.SequenceLoader(
+        prepared.train,
+        max(artifact.calibration_tokens // row, 1) * row,
+        sequence_length=row,
+        rank=here.rank,
+        world_size=here.world_size,
+        prefetch=preset.data.prefetch,
+        vocab_size=preset.model.vocab_size,
+        pin_memory=False,
+        cursor=None,
+    )
+    with rows as batches:
+        return calibrate(trainer.model, artifact, batches, preset.run.seed)
+
+
+def finish(
+    trainer: Trainer,
+    prepared: Prepared,
+    here: Launch,
+    position: Position,
+    stages: Stages,
+    log: RunLog,
+    hessians: dict[str, Tensor] | None,
+) -> None:
+    """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
     path = Path(preset.run.out) / ARTIFACT
-    trainer.ema.copy_to(model)
-    model.eval()
     with stages.stage("quantise"):
-        quantized = quantize(model.state_dict(), preset.artifact)
+        quantized, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
+    for note in notes:
+        print(note)
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, preset.artifact)
     held_out = ValidationSet.load(
         prepared.val,
         prepared.tokenizer,
@@ -263,12 +299,13 @@ def finish(trainer: Trainer, prepared: Prepared, here: Launch, position: Positio
     set_weights(model, quantized)
     bits["after quantisation"] = score("after quantisation", model)
     with stages.stage("reload"):
-        reloaded, _ = load_model(path, here.device, here.dtype, attention=preset.model.attention)
+        artifact = read_artifact(path)
+        reloaded, _ = load_model(artifact, here.device, here.dtype, attention=preset.model.attention)
     bits["after reload"] = score("after reload", reloaded)
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
     code = source_files(Path(__file__).with_name("evaluate.py"))
-    ledger = byte_ledger(read_container(path), code, preset.artifact.cap_bytes, prepared.tokenizer)
+    ledger = byte_ledger(artifact, code, preset.artifact.cap_bytes, prepared.tokenizer)
     log.write(
         "end of run",
         bits_per_byte=bits,

@@ -25,7 +25,7 @@ from functools import cache
 import constriction
 import numpy as np
 
-from niblick.artifact.errors import ArtifactError
+from niblick.artifact.errors import ArtifactError, require
 from niblick.artifact.trellis import RUN, advance
 
 PRIOR_ROWS = 24
@@ -44,7 +44,7 @@ _stream = constriction.stream
 
 
 def encode_integers(q: np.ndarray, states: int = 0, *, row_levels: bool = True) -> bytes:
-    """A stack (n, R, C) of integers, |q| <= MAX_INTEGER, chosen by a trellis of so many states (0: by none), to bytes."""
+    """A stack (n, R, C) of integers, |q| <= MAX_INTEGER, to bytes. states: of the trellis behind them, or 0."""
     if q.size == 0:
         return b""
     q = q.astype(np.int16)
@@ -69,23 +69,23 @@ def decode_integers(
     """int16 of the shape given. ArtifactError for bytes that no stack of that shape has."""
     q = np.zeros(shape, np.int16)
     if q.size == 0:
-        _require(not data, f"expected no bytes for no integers, found {len(data)}")
+        require(not data, f"expected no bytes for no integers, found {len(data)}")
         return q
-    _require(len(data) >= HEAD.size, f"expected at least {HEAD.size} bytes, found {len(data)}")
+    require(len(data) >= HEAD.size, f"expected at least {HEAD.size} bytes, found {len(data)}")
     low, high, overall, before = HEAD.unpack_from(data)
     words = data[HEAD.size + before :]
-    _require(
+    require(
         -MAX_INTEGER <= low <= high <= MAX_INTEGER,
         f"expected integers within {-MAX_INTEGER}..{MAX_INTEGER}, found {low}..{high}",
     )
-    _require(overall < N_LEVELS, f"expected a level below {N_LEVELS}, found {overall}")
-    _require(before == 0 or row_levels, f"expected no row levels, found {before} bytes of them")
-    _require(before <= len(data) - HEAD.size, f"expected {before} bytes of row levels, found {len(data) - HEAD.size}")
-    _require(len(words) % 4 == 0, f"expected whole words of four bytes, found {len(words)} bytes")
+    require(overall < N_LEVELS, f"expected a level below {N_LEVELS}, found {overall}")
+    require(before == 0 or row_levels, f"expected no row levels, found {before} bytes of them")
+    require(before <= len(data) - HEAD.size, f"expected {before} bytes of row levels, found {len(data) - HEAD.size}")
+    require(len(words) % 4 == 0, f"expected whole words of four bytes, found {len(words)} bytes")
     rows = None
     if before:
         rows = decode_integers(data[HEAD.size : HEAD.size + before], (1, *shape[:2]), row_levels=False)[0]
-        _require(abs(rows).max() <= MAX_ROW_LEVEL, f"expected row levels up to {MAX_ROW_LEVEL}, found others")
+        require(abs(rows).max() <= MAX_ROW_LEVEL, f"expected row levels up to {MAX_ROW_LEVEL}, found others")
     decoder = _stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
     contexts = _Contexts(shape, low, high, overall, rows, states)
     for slab in contexts.slabs():
@@ -94,7 +94,7 @@ def decode_integers(
         symbols[contexts.order] = np.concatenate(found)
         q[:, slab] = contexts.integers(symbols.reshape(q[:, slab].shape))
         contexts.learn(q[:, slab])
-    _require(decoder.maybe_exhausted(), "expected the integers to use up their stream, found more")
+    require(decoder.maybe_exhausted(), "expected the integers to use up their stream, found more")
     return q
 
 
@@ -202,7 +202,7 @@ def _level_of(total: int, count: int) -> int:
 
 @cache
 def _gaussians(low: int, size: int, parts: int, parity: int) -> np.ndarray:
-    """int64 (N_LEVELS, size): counts of `parts` k + parity for k = low .. low + size - 1 to start from, and one more."""
+    """int64 (N_LEVELS, size): counts of `parts` k + parity to start from, for k = low .. low + size - 1; none is 0."""
     context = decimal.Context(prec=20)
     half_octave = decimal.Decimal("0.5")
     table = np.empty((N_LEVELS, size), np.int64)
@@ -222,8 +222,3 @@ def _row_levels(q: np.ndarray, overall: int) -> np.ndarray | None:
     if q.shape[0] * q.shape[1] < 2 or q.shape[2] < 64 or levels.std() < 1:
         return None
     return np.clip(levels, -MAX_ROW_LEVEL, MAX_ROW_LEVEL).astype(np.int16)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ArtifactError(message)

@@ -30,7 +30,7 @@ Choose = Callable[[Tensor], Tensor]
 
 
 class Factor(NamedTuple):
-    """The inverse Hessians of n matrices, ready for `gptq`: order (n, C), upper (n, C, C), dead (n, C), damping (n,)."""
+    """The inverse Hessians of n matrices, for `gptq`: order (n, C), upper (n, C, C), dead (n, C), damping (n,)."""
 
     order: Tensor
     upper: Tensor
@@ -67,7 +67,7 @@ def factorise(name: str, hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def gptq(weight: Tensor, factor: Factor, scale: Tensor, choose: Choose, *, block: int = BLOCK) -> Rounded:
-    """Integers of the matrices `weight` (n, R, C) with the steps `scale` (n, R), in the dtype and on the device of both.
+    """Integers of the matrices `weight` (n, R, C) with the steps `scale` (n, R), computed in the weights' dtype.
 
     The choice of block changes nothing but the order of sums.
     """

@@ -1,7 +1,7 @@
-"""The JSON header of an artifact: what the model is, which tensors the file holds, which streams they lie in.
+"""The JSON header of an artifact: what the model is, how each tensor is stored, which streams the file holds.
 
-Its layout is part of `container`; here it is made, parsed and checked. Errors name what was expected and found; the
-file's path is added by the reader.
+Its layout is part of `container`; here it is made, parsed and checked. Shapes are not in it: they follow from the
+settings. Errors name what was expected and found; the file's path is added by the reader.
 """
 
 import dataclasses
@@ -9,20 +9,22 @@ import json
 import math
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from niblick.artifact.errors import ArtifactError
+import torch
+from torch import nn
+
+from niblick.artifact.errors import ArtifactError, require
+from niblick.artifact.matrices import ROLES
+from niblick.artifact.records import is_matrix
+from niblick.artifact.streams import Correction, Entry, stream_names
+from niblick.artifact.trellis import POLYNOMIALS
 from niblick.model.config import ConfigError, GPTConfig
+from niblick.model.gpt import GPT
 
 MAX_BYTES = 1 << 20
-MAX_WEIGHTS = 1 << 31
-"""Of one artifact: 2^31 six-bit weights are a hundred times the cap, and still fit a machine's memory."""
-
-
-class Entry(NamedTuple):
-    """One tensor: bits 0 is stored as float16, other bits as rows of integers."""
-
-    name: str
-    bits: int
-    shape: tuple[int, ...]
+MAX_WEIGHTS = 1 << 26
+"""Of one artifact: 2^26 weights fill the cap at two bits each, and are decoded in seconds."""
+MAX_LAYERS = 4096
+"""Executed, loops included."""
 
 
 class Header(NamedTuple):
@@ -34,84 +36,120 @@ class Header(NamedTuple):
     """Of the SentencePiece model file that the model's ids belong to; empty: not recorded."""
 
     def to_json(self) -> bytes:
-        config, streams = dataclasses.asdict(self.config), list(self.coded_bytes.items())
-        return json.dumps(
-            {
-                "config": config,
-                "tensors": self.entries,
-                "streams": streams,
-                "tokenizer_sha256": self.tokenizer_sha256,
-            },
-            separators=(",", ":"),
-        ).encode()
+        values = {
+            "config": dataclasses.asdict(self.config),
+            "tensors": self.entries,
+            "streams": list(self.coded_bytes.items()),
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+        return json.dumps(values, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> "Header":
-        """ArtifactError for anything but a header whose parts agree with one another."""
+        """ArtifactError for anything but a header whose parts agree with one another and with the model."""
         try:
             values = json.loads(text)
             config, tensors, streams = (values[key] for key in ("config", "tensors", "streams"))
-            entries = [Entry(name, bits, tuple(shape)) for name, bits, shape in tensors]
+            entries = [Entry(*tensor[:6], tuple(Correction(*c) for c in tensor[6])) for tensor in tensors]
             coded_bytes = {name: size for name, size in streams}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ArtifactError(f"header: expected JSON of config, tensors, streams: {error!r}") from error
-        tokenizer = values.get("tokenizer_sha256", "")
+            tokenizer = values.get("tokenizer_sha256", "")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"header: expected JSON of config, tensors, streams: {error!r}"[:500]) from error
         require(isinstance(tokenizer, str), f"header: expected a tokenizer's SHA-256, found {tokenizer!r}")
-        header = cls(_config(config), entries, coded_bytes, tokenizer)
+        header = cls(parse_config(config), entries, coded_bytes, tokenizer)
         header._check()
         return header
 
-    def raw_bytes(self) -> dict[str, int]:
-        """Size before coding of every stream, from the shapes."""
-        rows = [e for e in self.entries if e.bits]
-        scales = sum(math.prod(e.shape[:-1]) for e in rows)
-        halves = sum(math.prod(e.shape) for e in self.entries if not e.bits)
-        return {e.name: math.prod(e.shape) for e in rows} | {"scales": 2 * scales, "float16": 2 * halves}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return role_shapes(self.config)
 
     def _check(self) -> None:
+        shapes = self.shapes()
         for entry in self.entries:
-            require(_is_sound(entry), f"header: expected a tensor's name, bits and shape, found {list(entry)}")
-        names = [e.name for e in self.entries] + ["scales", "float16"]
-        require(len(set(names)) == len(names), f"header: expected distinct names of tensors and streams, found {names}")
-        weights = sum(math.prod(e.shape) for e in self.entries)
-        require(weights <= MAX_WEIGHTS, f"header: expected at most {MAX_WEIGHTS} weights, found {weights}")
-        expected, found = list(self.raw_bytes()), list(self.coded_bytes)
-        require(expected == found, f"header: expected the streams {expected} for its tensors, found {found}")
+            require(_is_sound(entry), f"header: expected a tensor and how it is stored, found {list(entry)}"[:500])
+        names = [entry.name for entry in self.entries]
+        require(
+            sorted(names) == sorted(shapes),
+            f"header: expected the tensors of its model, found other ones: {sorted(set(names) ^ set(shapes))}"[:500],
+        )
+        for entry in self.entries:
+            problem = _misfit(entry, shapes[entry.name])
+            require(not problem, f"header: {entry.name}: {problem}")
+        expected, found = stream_names(self.entries), list(self.coded_bytes)
+        require(expected == found, f"header: expected the streams {expected} for its tensors, found {found}"[:1000])
         for name, size in self.coded_bytes.items():
             require(_is_natural(size), f"header: expected the size of stream {name}, found {size!r}")
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ArtifactError(message)
+def role_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, matrices by role; no model is built. ArtifactError for one too large."""
+    c = config
+    layers = c.num_layers * (1 + c.loop_extra_passes)
+    require(layers <= MAX_LAYERS, f"header: expected at most {MAX_LAYERS} executed layers, found {layers}")
+    skeleton = GPT.__new__(GPT)
+    nn.Module.__init__(skeleton)
+    skeleton.config, skeleton.dtype = config, torch.float32
+    with torch.device("meta"):
+        skeleton._create_parameters(torch.float32)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    weights = sum(map(math.prod, shapes.values()))
+    require(weights <= MAX_WEIGHTS, f"header: expected at most {MAX_WEIGHTS} weights, found {weights}")
+    return {role: _role_shape(shapes[bank], half) for role, (bank, half) in ROLES.items()} | {
+        name: shape for name, shape in shapes.items() if name not in {bank for bank, _ in ROLES.values()}
+    }
 
 
-def _is_sound(entry: Entry) -> bool:
-    return (
-        isinstance(entry.name, str)
-        and _is_natural(entry.bits)
-        and entry.bits in (0, *range(2, 9))
-        and 1 <= len(entry.shape) <= 4
-        and all(_is_natural(n) and 0 < n <= MAX_WEIGHTS for n in entry.shape)
-    )
-
-
-def _is_natural(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _config(values: object) -> GPTConfig:
+def parse_config(values: object) -> GPTConfig:
+    """ArtifactError for anything but settings of this version's model that agree."""
     require(isinstance(values, dict), f"header: expected settings in a dictionary, found {type(values).__name__}")
     types = get_type_hints(GPTConfig)
     for name in values:
         require(name in types, f"header: expected only settings of this version's model, found {name!r}")
     for name, kind in types.items():
         value = values.get(name, getattr(GPTConfig, name))  # a setting added later must default to what was before it
-        require(_is_a(kind, value), f"header: expected {name} to be {_describe(kind)}, found {value!r}")
+        require(_is_a(kind, value), f"header: expected {name} to be {_describe(kind)}, found {value!r}"[:500])
     try:
         return GPTConfig(**values)
     except (ConfigError, ArithmeticError) as error:
         raise ArtifactError(f"header: expected settings that agree: {error}") from error
+
+
+def _role_shape(shape: tuple[int, ...], half: int | None) -> tuple[int, ...]:
+    if half is None:
+        return shape if len(shape) == 3 else (1, *shape)
+    return (shape[0] // 2, *shape[1:])
+
+
+def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
+    if is_matrix(entry.name) != (entry.kind == "rows"):
+        return f"expected {'rows' if is_matrix(entry.name) else 'bytes or float16'}, found {entry.kind}"
+    for c in entry.corrections:
+        n, R, C = shape
+        sound = c.matrix < n and 0 < c.rank <= min(R, C) and c.a_steps in (1, R) and 0 < c.b_steps <= c.rank * C
+        if not (sound and c.rank * C % c.b_steps == 0):
+            return f"expected a correction of a matrix of {shape}, found {list(c)}"
+    return ""
+
+
+def _is_sound(entry: Entry) -> bool:
+    naturals = (entry.bits, entry.states, entry.steps_per_octave, *(x for c in entry.corrections for x in c))
+    return (
+        isinstance(entry.name, str)
+        and all(map(_is_natural, naturals))
+        and type(entry.exponent) is int
+        and abs(entry.exponent) <= 1 << 16
+        and entry.steps_per_octave <= 1024
+        and len(entry.corrections) <= 64
+        and {"rows": entry.bits in range(2, 9), "bytes": entry.bits == 8, "float16": entry.bits == 16}.get(
+            entry.kind if isinstance(entry.kind, str) else "", False
+        )
+        and (entry.states == 0 or (entry.kind == "rows" and entry.states in POLYNOMIALS))
+        and (entry.kind == "rows" or not (entry.corrections or entry.steps_per_octave))
+    )
+
+
+def _is_natural(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_a(kind: type, value: object) -> bool:

@@ -6,16 +6,19 @@ the training shards, without document borders, through the averaged weights in e
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
+from niblick.model.config import ArtifactConfig
 from niblick.model.gpt import GPT
 
 TEMPERATURE = 0.8
 """Of self-generated calibration, as in PR #1019 of the Parameter Golf challenge."""
+GENERATED_ROWS = 64
 
 Rows = tuple[Tensor, Tensor]
 """ids (N,) int64 and cu_seqlens int32, as `GPT.hidden` takes them."""
@@ -23,7 +26,7 @@ Rows = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Rows]) -> dict[str, Tensor]:
-    """"attn_in", "attn_out", "mlp_in" (L, D, D), "mlp_hidden" (L, F, F) and "head" (1, D, D), float32 on the device.
+    """ "attn_in", "attn_out", "mlp_in" (L, D, D), "mlp_hidden" (L, F, F) and "head" (1, D, D), float32 on the device.
 
     Runs the model in eval mode with the loop on. In a process group the sums are those of all ranks, which must all
     call this; each brings its own batches. ArtifactError without a batch.
@@ -53,6 +56,17 @@ def collect_hessians(model: GPT, batches: Iterable[Rows]) -> dict[str, Tensor]:
     if not count:
         raise ArtifactError("calibration: expected at least one batch, found none")
     return hessians
+
+
+def calibrate(model: GPT, config: ArtifactConfig, training: Iterable[object], seed: int) -> dict[str, Tensor] | None:
+    """What `config` asks for: Hessians from its number of `training` batches (with .ids and .cu_seqlens), or from rows
+    that the model draws, from `seed`; for rounding to the nearest, none."""
+    if config.rounding == "nearest":
+        return None
+    if config.calibration == "generated":
+        return collect_hessians(model, generate_rows(model, GENERATED_ROWS, model.config.max_segment, seed=seed))
+    batches = islice(training, config.calibration_batches)
+    return collect_hessians(model, ((batch.ids, batch.cu_seqlens) for batch in batches))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The byte ledger: where an artifact's bytes go, and what is left under the cap.
+"""The byte ledger: where an artifact's bytes go, by role and stream, and what is left under the cap.
 
 What counts is the artifact plus the source of the code that scores it, each file as it lies on disk. The source's size
 under brotli is listed for comparison with submissions that pack their script; neither it nor the tokenizer counts.
@@ -14,12 +14,17 @@ import brotli
 import numpy as np
 
 from niblick.artifact.container import Container
-from niblick.artifact.quantize import RowIntegers
+from niblick.artifact.records import RowIntegers
+from niblick.artifact.streams import Parts, shuffled, take_apart
+from niblick.artifact.trellis import parities
 
 
 @dataclass(frozen=True)
 class StreamBytes:
-    """One stream: how many values of how many bits, their order-0 entropy and their coded size, in bytes."""
+    """One stream: how many values of how many bits, their order-0 entropy and their coded size, in bytes.
+
+    Of a stream that mixes several things (the published containers have such) only the coded size is known: values 0.
+    """
 
     name: str
     values: int
@@ -52,8 +57,9 @@ class Ledger:
 def byte_ledger(container: Container, code: list[Path], cap_bytes: int, tokenizer: str | Path | None = None) -> Ledger:
     """The ledger of an artifact that was read, scored by the source files `code` (`source_files`)."""
     bits = {name: t.bits for name, t in container.quantized.items() if isinstance(t, RowIntegers)}
+    _, parts = take_apart(container.quantized, container.steps_per_octave)
     streams = tuple(
-        _stream_bytes(name, raw, bits.get(name, 16), container.coded_bytes[name]) for name, raw in container.raw.items()
+        _stream_bytes(name, parts, bits.get(name, 8), coded) for name, coded in container.coded_bytes.items()
     )
     source = [path.read_bytes() for path in code]
     return Ledger(
@@ -85,6 +91,8 @@ def table_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
     """(what, values, bits a value before coding, order-0 entropy in bytes, bytes), ready to print."""
     rows = [
         (s.name, f"{s.values:,}", f"{s.raw_bits}", f"{s.entropy_bytes:,.0f}", f"{s.coded_bytes:,}")
+        if s.values
+        else (s.name, "", "", "", f"{s.coded_bytes:,}")
         for s in ledger.streams
     ]
     sums = {
@@ -99,17 +107,31 @@ def table_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
     return rows + [(name, "", "", "", f"{size:,}") for name, size in sums.items()]
 
 
-def _stream_bytes(name: str, raw: bytes, bits: int, coded_bytes: int) -> StreamBytes:
-    """Of 16-bit values the two byte planes have an entropy each, as the coder sees them."""
-    planes = np.frombuffer(raw, "u1").reshape(2 if bits == 16 else 1, -1)
-    return StreamBytes(name, planes.shape[1], bits, sum(map(entropy_bytes, planes)), coded_bytes)
+def _stream_bytes(name: str, parts: Parts, bits: int, coded_bytes: int) -> StreamBytes:
+    """A trellis forces one bit of every integer: what counts is the rest, given that bit. Of float16 the two byte
+    planes have an entropy each, as the coder sees them."""
+    if name == "float16":
+        planes = np.frombuffer(shuffled(parts.float16), "u1").reshape(2, -1)
+        return StreamBytes(name, planes.shape[1], 16, sum(map(entropy_bytes, planes)), coded_bytes)
+    if name not in parts.stacks:
+        return StreamBytes(name, 0, 0, 0.0, coded_bytes)
+    q, states = parts.stacks[name], parts.states.get(name, 0)
+    if states:
+        odd = parities(q, states)
+        entropy = sum(entropy_bytes((q >> 1)[odd == parity]) for parity in (False, True))
+    else:
+        entropy = entropy_bytes(q)
+    return StreamBytes(name, q.size, 16 if name.endswith(".steps") else bits, entropy, coded_bytes)
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:
-    """Bytes that an ideal coder needs for uint8 `symbols` (n,) if it knows only how often each occurs."""
-    counts = np.bincount(symbols)
+    """Bytes that an ideal coder needs for integers if it knows only how often each occurs."""
+    if symbols.size == 0:
+        return 0.0
+    flat = symbols.ravel().astype(np.int64)
+    counts = np.bincount(flat - flat.min())
     counts = counts[counts > 0]
-    return float((counts * np.log2(len(symbols) / counts)).sum() / 8)
+    return float((counts * np.log2(flat.size / counts)).sum() / 8)
 
 
 def _imports(path: Path) -> Iterator[Path]:

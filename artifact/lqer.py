@@ -20,7 +20,9 @@ def correct_largest_errors(
 ) -> dict[str, RowIntegers]:
     """`rows` with corrections of the `count` matrices whose error has the largest Frobenius norm, over all roles."""
     errors = {
-        (role, i): weights[role][i].float().cpu() - matrix(rows[role], i) for role in rows for i in range(len(rows[role].q))
+        (role, i): weights[role][i].float().cpu() - matrix(rows[role], i)
+        for role in rows
+        for i in range(len(rows[role].q))
     }
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())[:count]
     corrected = dict(rows)

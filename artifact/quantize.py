@@ -1,7 +1,7 @@
 """A model's weights to integers: which tensor is rounded how, by `ArtifactConfig`.
 
-Matrices and embedding: steps (`steps`), then rounding to the nearest, GPTQ (`gptq`), or GPTQ with a trellis (`viterbi`),
-then corrections (`lqer`). Head gates and other small tensors: eight bits or float16.
+Matrices and embedding: steps (`steps`), then rounding to the nearest, GPTQ (`gptq`), or GPTQ with a trellis
+(`viterbi`), then corrections (`lqer`). Head gates and other small tensors: eight bits or float16.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,9 @@ from niblick.model.config import ArtifactConfig
 
 MAX_GATE = 8192
 """Values of a layer's gate up to which the published scripts keep it in eight bits."""
+
+MIN_SMALL = 512
+"""Values from which on eight bits save more than a stream of their own costs."""
 
 
 class Quantization(NamedTuple):
@@ -96,7 +99,7 @@ def _damping_notes(name: str, factor: Factor, expected: float) -> list[str]:
 
 def _small(name: str, tensor: Tensor, config: ArtifactConfig) -> SmallIntegers | Tensor:
     gate = name == "gate_weight" and tensor[0].numel() <= MAX_GATE
-    if (config.gate_bits if gate else config.small_bits) == 8:
+    if (config.gate_bits if gate else config.small_bits) == 8 and (gate or tensor.numel() >= MIN_SMALL):
         scale = (tensor.abs().amax(-1) / 127).clamp(min=SMALLEST_STEP).half()
         _require_finite(name, scale, scale, "a step within float16's range")
         return SmallIntegers((tensor / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale)

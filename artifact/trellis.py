@@ -8,7 +8,8 @@ z1 = floor(z / 2) mod 2, drives the register,
 so that integers z on a step of 0.56 s carry only the entropy of a quantiser with step s, while the path through the
 states may be chosen freely: at equal entropy the error is 1.1 dB (8 states) or 1.25 dB (32) lower than by rounding.
 Every run of RUN rows of a column starts at state 0 (the last one is shorter), so that runs are searched and decoded
-side by side; the fixed starts cost 0.03 dB (runs of 128 rows would cost 0.11). Which z is chosen is `viterbi`'s; here is what a decoder needs.
+side by side; the fixed starts cost 0.03 dB (runs of 128 rows would cost 0.11). Which z is chosen is `viterbi`'s; here
+is what a decoder needs.
 """
 
 from functools import cache

@@ -302,7 +302,7 @@ class ArtifactConfig:
     calibration_tokens: int = 98_304
     """A batch and rank."""
     value_dedup: int = 0
-    """t > 1 floors the integers to multiples of t (`CMP_QUANT_VALUE_DEDUP`). A coarser clip is better: see bench/NOTES."""
+    """t > 1 floors the integers to multiples of t (value dedup); a coarser clip is better at equal bytes."""
     low_rank_matrices: int = 0
     """LQER: how many matrices get a correction of rank 4."""
     low_rank_asymmetric: bool = True
@@ -310,8 +310,8 @@ class ArtifactConfig:
     small_bits: Literal[8, 16] = 16
 
     container: Literal["niblick", "brotli", "lrzip", "groups_brotli"] = "niblick"
-    """`brotli`: PR #1394's file, shuffled and under brotli; `lrzip`: PR #1855's, a stream a role, which needs the program
-    lrzip; `groups_brotli`: the same with brotli in its place."""
+    """`brotli`: PR #1394's file, shuffled and under brotli; `lrzip`: PR #1855's, a stream a role, which needs the
+    program lrzip; `groups_brotli`: the same with brotli in its place."""
     sort_rows: bool = True
     """Of the containers with a stream a role: similar rows beside each other, their order stored."""
     cap_bytes: int = 16_000_000

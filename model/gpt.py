@@ -108,7 +108,7 @@ class GPT(nn.Module):
         self.attend: Attend = attend_plain
         self.packed: dict[str, list[PackedMatrix | Tensor]] = {}
         self.observe: Callable[[str, int, Tensor], None] | None = None
-        """Called with (what, layer, x) for every x (N, C) that a layer's matrices multiply, as `artifact.hessians` asks."""
+        """Called with (what, layer, x) for every x (N, C) that a layer's matrices multiply: for `artifact.hessians`."""
         self._create_parameters(torch.float64 if dtype == torch.float64 else torch.float32)
         self._initialize(torch.Generator().manual_seed(seed))
         self.rotary = Rotary(config)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from configs import REFERENCE
 
-from niblick.artifact.container import read_container, write_artifact
+from niblick.artifact.container import read_artifact, write_artifact
 from niblick.artifact.ledger import byte_ledger, entropy_bytes, source_files, table_rows
 from niblick.artifact.quantize import quantize
-from niblick.model.config import ArtifactConfig, GPTConfig
+from niblick.model.config import GPTConfig
 from niblick.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +24,11 @@ CONFIG = GPTConfig(vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ledger")
-    write_artifact(folder / "model.nbk", quantize(GPT(CONFIG).state_dict(), ArtifactConfig()), CONFIG)
+    settings = ArtifactConfig(rounding="nearest")
+    write_artifact(folder / "model.nbk", quantize(GPT(CONFIG).state_dict(), settings).tensors, CONFIG)
     for name, size in (("a.py", 1000), ("b.py", 234), ("tokenizer.model", 77)):
         (folder / name).write_text("#" * size)
-    container = read_container(folder / "model.nbk")
+    container = read_artifact(folder / "model.nbk")
     code = [folder / "a.py", folder / "b.py"]
     return container, byte_ledger(container, code, 300_000, folder / "tokenizer.model")
 
@@ -50,15 +51,15 @@ def test_the_cap_is_inclusive_and_the_tokenizer_does_not_count(ledger):
 def test_streams_hold_every_weight_once(ledger):
     _, ledger = ledger
     values = {s.name: (s.values, s.raw_bits) for s in ledger.streams}
-    assert values["embedding"] == (64 * 128, 7) and values["mlp_up_bank"] == (4 * 128 * 128, 6)
-    assert values["scales"] == (64 + 8 * 128 + 8 * 64 + 4 * 128 + 4 * 128, 16)
-    weights = sum(n for name, (n, _) in values.items() if name != "scales")
-    assert weights == sum(p.numel() for p in GPT(CONFIG).parameters())
+    assert values["embedding"] == (64 * 128, 7) and values["mlp_up"] == (4 * 128 * 128, 6)
+    steps = 64 + 8 * 128 + 8 * 64 + 4 * 128 + 4 * 128
+    assert sum(n for n, _ in values.values()) == sum(p.numel() for p in GPT(CONFIG).parameters()) + steps
 
 
 def test_entropy():
     assert entropy_bytes(np.arange(256, dtype=np.uint8)) == 256
-    assert entropy_bytes(np.zeros(100, np.uint8)) == 0
+    assert entropy_bytes(np.zeros(100, np.uint8)) == entropy_bytes(np.zeros(0, np.int8)) == 0
+    assert entropy_bytes(np.arange(-128, 128).reshape(4, 64)) == 256
     assert entropy_bytes(np.array([3, 3, 3, 3, 250, 250, 7, 9], np.uint8)) == 8 * 1.75 / 8
 
 

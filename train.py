@@ -248,13 +248,13 @@ def collect(trainer: Trainer, prepared: Prepared, here: Launch) -> dict[str, Ten
     preset, artifact = trainer.preset, trainer.preset.artifact
     trainer.ema.copy_to(trainer.model)
     trainer.model.eval()
-    row = preset.model.max_segment
+    row, enough = preset.model.max_segment, len(prepared.train) >= here.world_size
     rows = loaders.SequenceLoader(
         prepared.train,
         max(artifact.calibration_tokens // row, 1) * row,
         sequence_length=row,
-        rank=here.rank,
-        world_size=here.world_size,
+        rank=here.rank if enough else 0,  # with fewer shards than ranks, all see the same rows
+        world_size=here.world_size if enough else 1,
         prefetch=preset.data.prefetch,
         vocab_size=preset.model.vocab_size,
         pin_memory=False,

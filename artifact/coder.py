@@ -105,7 +105,8 @@ class _Contexts:
         n, R, C = shape
         self.shape, self.states, self.rows = shape, states, rows
         self.parts = 2 if states else 1
-        self.low, self.size = (low >> 1, (high >> 1) - (low >> 1) + 1) if states else (low, high - low + 1)
+        self.low, high = (low >> 1, high >> 1) if states else (low, high)
+        self.size = max(high - self.low + 1, 2)  # constriction has no alphabet of one
         self.squares = np.zeros((n, C), np.int64)  # 2^FIXED squares
         self.prior = PRIOR_ROWS * int(_thresholds()[overall])
         self.seen = 0

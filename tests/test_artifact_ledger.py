@@ -13,7 +13,7 @@ from configs import REFERENCE
 from niblick.artifact.container import read_artifact, write_artifact
 from niblick.artifact.ledger import byte_ledger, entropy_bytes, source_files, table_rows
 from niblick.artifact.quantize import quantize
-from niblick.model.config import GPTConfig
+from niblick.model.config import ArtifactConfig, GPTConfig
 from niblick.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]

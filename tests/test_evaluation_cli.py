@@ -48,7 +48,8 @@ def folder(tmp_path_factory):
     stream = np.concatenate([tokenizer.encode_document(processor, text) for text in texts[:6]])
     shards.write_shard(folder / "toy_val_000000.bin", stream[:50])
     shards.write_shard(folder / "toy_val_000001.bin", stream[50:])
-    write_artifact(folder / "model.nbk", quantize(GPT(CONFIG, seed=1).state_dict(), ArtifactConfig()), CONFIG)
+    quantized = quantize(GPT(CONFIG, seed=1).state_dict(), ArtifactConfig(rounding="nearest")).tensors
+    write_artifact(folder / "model.nbk", quantized, CONFIG)
     return folder
 
 

@@ -33,6 +33,7 @@ SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 1
     --model.num-kv-heads 1 --model.mlp-hidden 128 --model.loop-start 1 --model.loop-end 1 --model.parallel-start 2
     --model.max-segment 64 --batch.tokens-per-step 256 --batch.tokens-per-micro-step 256
     --evaluation.sequence-length 64 --data.max-val-tokens {HELD_OUT}
+    --artifact.calibration-batches 2 --artifact.calibration-tokens 512
     --run.device cpu --schedule.budget-s 3600""".split()
 
 

@@ -23,13 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from niblick.artifact.container import read_artifact, write_artifact
+from niblick.artifact.container import pack, read_artifact, write_artifact
 from niblick.artifact.errors import ArtifactError
+from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
 from niblick.artifact.ledger import byte_ledger, source_files, table_rows
 from niblick.artifact.load import load_model, set_weights
 from niblick.artifact.published import require_lrzip
-from niblick.artifact.quantize import quantize
+from niblick.artifact.quantize import Quantization, quantize
+from niblick.artifact.records import Quantized
 from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
 from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
@@ -40,7 +42,7 @@ from niblick.data.shards import count_tokens
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import attention_version, choose_attention
 from niblick.model.checkpoint import load_checkpoint, remove_half_written
-from niblick.model.config import ConfigError, Preset
+from niblick.model.config import ArtifactConfig, ConfigError, Preset
 from niblick.model.distributed import contact, require_agreement
 from niblick.model.errors import TrainingStopped
 from niblick.model.gpt import GPT
@@ -276,12 +278,17 @@ def finish(
     """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
     path = Path(preset.run.out) / ARTIFACT
+    code = source_files(Path(__file__).with_name("evaluate.py"))
     with stages.stage("quantise"):
-        quantized, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
+        as_given, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
     for note in notes:
         print(note)
+    quantized, settings = as_given, preset.artifact
+    if settings.target_bytes:
+        with stages.stage("fill"):
+            quantized, settings = fill_up(trainer, prepared, hessians, sum(file.stat().st_size for file in code))
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, preset.artifact)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings)
     held_out = ValidationSet.load(
         prepared.val,
         prepared.tokenizer,
@@ -296,6 +303,9 @@ def finish(
 
     config = preset.evaluation
     bits = {"before quantisation": score("before quantisation", model)}
+    if settings.target_bytes:
+        set_weights(model, as_given)
+        bits["with the clips given"] = score("with the clips given", model)
     set_weights(model, quantized)
     bits["after quantisation"] = score("after quantisation", model)
     with stages.stage("reload"):
@@ -304,7 +314,6 @@ def finish(
     bits["after reload"] = score("after reload", reloaded)
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
-    code = source_files(Path(__file__).with_name("evaluate.py"))
     ledger = byte_ledger(artifact, code, preset.artifact.cap_bytes, prepared.tokenizer)
     log.write(
         "end of run",
@@ -320,6 +329,22 @@ def finish(
     seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
     over = "" if seconds <= config.budget_s else ": OVER THE BUDGET"
     print(f"evaluation (reload and score): {seconds:.1f} s of {config.budget_s:.0f} s{over}")
+
+
+def fill_up(
+    trainer: Trainer, prepared: Prepared, hessians: dict[str, Tensor] | None, code_bytes: int
+) -> tuple[Quantized, ArtifactConfig]:
+    """The weights with the finest clip for which they and the code come to at most `target_bytes`."""
+    preset = trainer.preset
+    target = preset.artifact.target_bytes
+
+    def size_of(quantization: Quantization, settings: ArtifactConfig) -> int:
+        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings))
+
+    found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - code_bytes)
+    factor = found.config.mlp_clip / preset.artifact.mlp_clip
+    print(f"clips x {factor:.4f}: {found.size + code_bytes:,} bytes of model and code, {target:,} wanted")
+    return found.quantization.tensors, found.config
 
 
 def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
@@ -349,6 +374,9 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
     for table in (run, size, scores):
         console.print(table)
     print(f"artifact: {path}; to score it again: evaluate.py {path} --data {data}")
+    if "with the clips given" in bits:
+        gained = bits["with the clips given"] - bits["after quantisation"]
+        print(f"filling up to the target gained {gained:.5f} bits per byte")
     if not ledger.fits:
         print(
             f"OVER THE CAP: expected at most {ledger.cap_bytes:,} bytes of model and code, found {ledger.total_bytes:,}"

@@ -19,6 +19,7 @@ from numerics import assert_close_f32
 from ranks import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
+from niblick.artifact.fill import SLACK
 from niblick.data import command_line
 from niblick.data.errors import DataError
 from niblick.data.prepare import prepare
@@ -105,6 +106,20 @@ def test_whole_job(train, tmp_path: Path) -> None:
     for heading in ("bits per byte", "token unigram", "xz -9e", "ms/step", "left of 16,000,000"):
         assert heading in out
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_the_target_is_filled_or_refused(train, tmp_path: Path) -> None:
+    steps = ["--schedule.max-steps", "1"]
+    status, _, err = train(*steps, "--artifact.target-bytes", "1")
+    assert status == 2 and err.count("\n") == 1 and "expected a clip for which the model takes at most" in err
+    assert not (tmp_path / "out/artifact.nbk").exists()
+    code = sum(file.stat().st_size for file in train.script.source_files(ROOT / "evaluate.py"))
+    target = code + 120_000
+    status, out, err = train(*steps, "--artifact.target-bytes", str(target), "--artifact.rounding", "trellis8")
+    assert (status, err) == (0, "") and "filling up to the target gained" in out
+    assert 0 <= target - code - (tmp_path / "out/artifact.nbk").stat().st_size <= SLACK
+    bits = records(tmp_path / "out")[-1]["bits_per_byte"]
+    assert bits["with the clips given"] != bits["after quantisation"] == bits["after reload"]
 
 
 def test_the_average_is_what_is_scored_and_shipped(train, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The search of the trellis: integers that the trellis allows, with the least sum of squared distances to the targets.
 
-All in integers, so that every machine finds the same path: targets are in 1/128 of a step, distances in its square.
+On a GPU it is a kernel (`kernels.trellis_search`), on a CPU the same in numpy, lanes side by side; both in integers, so
+that every machine finds the same path: targets are in 1/128 of a step, which adds 2e-5 to the least error there is.
 
 Rate: minimising (t - z)^2 + lam bits(z) under a Gaussian of variance v, bits(z) = z^2 / (2 v ln 2) + const, is the
 same as minimising (t / (1 + mu) - z)^2 with mu = lam / (2 v ln 2): the targets of a column shrink, and that is all.
@@ -16,14 +17,10 @@ from torch import Tensor
 
 from niblick.artifact.gptq import Choose
 from niblick.artifact.trellis import RUN, next_states
+from niblick.kernels.trellis_search import FRACTION, MARGIN, UNREACHED, trellis_search
 
-FRACTION = 7
-"""Bits behind the point of a target: rounding it adds 2e-5 of the least error there is."""
 LAMBDA = 0.3
 """Squared steps of error that a bit is worth; 0 loses 0.05 dB at equal entropy, 1 loses 0.1."""
-
-UNREACHED = 1 << 29
-"""The sum of a state that no path has reached yet: above every sum of the few rows for which there are such states."""
 
 
 def along_rows(largest: int, states: int) -> Choose:
@@ -33,30 +30,34 @@ def along_rows(largest: int, states: int) -> Choose:
         n, R = targets.shape
         variance = targets.square().mean(-1, keepdim=True)
         shrunk = targets * (variance / (variance + LAMBDA / (2 * math.log(2))))
-        limit = largest + 4
-        fixed = (shrunk.clamp(-limit, limit) * 2**FRACTION).round().to(torch.int32)
-        run = min(RUN, R)
-        lanes = F.pad(fixed, (0, -R % run)).view(-1, run)
-        z = torch.from_numpy(viterbi(lanes.cpu().numpy().T, largest, states)).to(targets.device)
-        return z.T.reshape(n, -1)[:, :R].to(targets.dtype)
+        run, far = min(RUN, R), 2.0**20  # beyond any range, and within int32
+        fixed = (shrunk * 2**FRACTION).round().clamp(-far, far).to(torch.int32)
+        rows = F.pad(fixed, (0, -R % run)).view(-1, run)
+        if rows.is_cuda:
+            z = trellis_search(rows, largest, states)
+        else:
+            z = torch.from_numpy(viterbi(rows.numpy().T, largest, states).T)
+        return z.reshape(n, -1)[:, :R].to(targets.dtype)
 
     return choose
 
 
 @cache
 def _edges(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """(2, states) twice: the two predecessors of every state, and the coset z mod 4 on the way from each."""
+    """(2, states) twice: the predecessor of every state for z1 = 0 and 1, and the coset z mod 4 on the way from it."""
     after = next_states(states)
-    before = np.array([np.argwhere(after == state) for state in range(states)])  # (states, 2, [from, z1])
-    return before[..., 0].T.copy(), (2 * before[..., 1] + before[..., 0] % 2).T.copy()
+    before = np.array([[np.flatnonzero(after[:, z1] == state)[0] for state in range(states)] for z1 in (0, 1)])
+    return before, before % 2 + np.array([[0], [2]])
 
 
 def viterbi(targets: np.ndarray, largest: int, states: int) -> np.ndarray:
-    """int32 (T, lanes): for fixed-point targets int32 (T, lanes), T <= RUN, the best path of every lane from state 0.
+    """int8 (T, lanes): for fixed-point targets int32 (T, lanes), T <= RUN, the best path of every lane from state 0.
 
-    |z| <= largest. Of two paths as good, the one through the lower predecessor is taken, at the end the lower state.
+    |z| <= largest. The same integers as `kernels.trellis_search`, whose docstring says which of equal paths is taken.
     """
     T, lanes = targets.shape
+    limit = (largest + MARGIN) << FRACTION
+    targets = targets.clip(-limit, limit)
     before, coset = _edges(states)
     z, cost = _nearest_in_cosets(targets, largest)
     total = np.full((states, lanes), UNREACHED, np.int32)
@@ -75,7 +76,7 @@ def viterbi(targets: np.ndarray, largest: int, states: int) -> np.ndarray:
 def _nearest_in_cosets(targets: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
     """(T, 4, lanes) int32 twice: the nearest z = c mod 4 with |z| <= largest for c = 0..3, and its squared distance.
 
-    For targets beyond the range by at most 4 steps, so that a distance is at most 8, a square 2^20, a run's sum 2^29.
+    For targets beyond the range by at most MARGIN steps: a distance is at most 8, a square 2^20, a run's sum 2^29.
     """
     c = np.arange(4, dtype=np.int32)[:, None]
     targets = targets[:, None]
@@ -88,7 +89,7 @@ def _trace_back(
     state: np.ndarray, second: np.ndarray, z: np.ndarray, before: np.ndarray, coset: np.ndarray
 ) -> np.ndarray:
     T, _, lanes = second.shape
-    path, lane = np.empty((T, lanes), np.int32), np.arange(lanes)
+    path, lane = np.empty((T, lanes), np.int8), np.arange(lanes)
     for row in range(T - 1, -1, -1):
         which = second[row, state, lane].astype(np.intp)
         path[row] = z[row, coset[which, state], lane]

@@ -1,0 +1,63 @@
+"""The table of containers and quantisers: rows at equal error and at equal bytes, on a small model."""
+
+import json
+
+import pytest
+import torch
+from configs import REFERENCE
+from numerics import EQUAL_ERROR_DB
+from safetensors.torch import save_file
+
+from niblick.artifact.fill import SLACK
+from niblick.bench import artifact as bench
+from niblick.data.command_line import guarded
+from niblick.model.config import ArtifactConfig, ConfigError, GPTConfig
+from niblick.model.gpt import GPT
+
+CONFIG = GPTConfig(vocab_size=512, num_layers=4, model_dim=64, num_heads=2, num_kv_heads=1, mlp_hidden=128,
+                   rope_dims=4, xsa_last_layers=2, loop_start=1, loop_end=1, parallel_start=2, **REFERENCE)  # fmt: skip
+
+
+def test_rows_at_equal_error_and_at_equal_bytes():
+    subject = bench.simulated(CONFIG)
+    scored = []
+    subject = subject._replace(score=lambda quantization: scored.append(quantization) or len(scored))
+    names = ("brotli", "range coder", "trellis, 8 states")
+    rows = list(bench.compare(subject, ArtifactConfig(), {name: bench.WAYS[name] for name in names}, True))
+    assert [row.way for row in rows] == [*names, "range coder", "trellis, 8 states"]
+    equal, full = rows[:3], rows[3:]
+    assert equal[0].error_db == equal[1].error_db == 0 and abs(equal[2].error_db) < EQUAL_ERROR_DB
+    assert equal[0].model_bytes > equal[1].model_bytes > equal[2].model_bytes
+    assert all(0 <= equal[0].model_bytes - row.model_bytes <= SLACK for row in full)
+    assert full[1].error_db < full[0].error_db <= 0, "bytes to spare buy precision"
+    assert scored[0] is None and [row.lost for row in rows] == [1, 2, 3, 4, 5]
+    assert bench.rendered("x", rows).row_count == 5
+
+
+def test_a_checkpoint_of_training_is_read(tmp_path):
+    model = GPT(CONFIG)
+    tensors = {f"ema.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    settings = {f"model.{name}": getattr(CONFIG, name) for name in ("vocab_size", "num_layers", "model_dim", "num_heads",
+                "num_kv_heads", "mlp_hidden", "rope_dims", "xsa_last_layers", "loop_start", "loop_end",
+                "parallel_start", *REFERENCE)}  # fmt: skip
+    record = {"niblick": json.dumps({"identity": settings | {"optim.beta1": 0.9}, "position": {}})}
+    save_file(tensors, tmp_path / "checkpoint.safetensors", record)
+    config, state = bench.read_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert config == CONFIG
+    assert all(torch.equal(state[name], tensor + 1) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "--data: expected the folder"),
+        (["nowhere", "--data", "."], "nowhere: expected a checkpoint of train.py, found none"),
+        (["simulated", "--preset", "pr1"], "--preset: expected one of demo"),
+        (["simulated", "--ways", "zip"], "--ways: expected some of"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert guarded("niblick.bench.artifact", bench.main, words, ConfigError) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

@@ -75,6 +75,11 @@ def largest_integer(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def grid_steps(levels: Tensor, per_octave: int) -> Tensor:
+    """2^(level / per_octave) in float32; its float16 is the same everywhere, as none lies midway between two of them."""
+    return torch.exp2(levels.double() / per_octave).float()
+
+
 def is_matrix(name: str) -> bool:
     return name in ROLES
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
-from niblick.artifact.records import largest_integer
+from niblick.artifact.records import grid_steps, largest_integer
 from niblick.model.config import ArtifactConfig
 
 SMALLEST_STEP = 2.0**-24
@@ -55,11 +55,6 @@ def row_steps(role: str, weight: Tensor, config: ArtifactConfig, hessian: Tensor
 def on_grid(step: Tensor, per_octave: int) -> Tensor:
     """The nearest of the steps 2^(k / per_octave), k an integer, as float16 rounds it."""
     return grid_steps((step.log2() * per_octave).round().long(), per_octave)
-
-
-def grid_steps(levels: Tensor, per_octave: int) -> Tensor:
-    """2^(level / per_octave) in float32."""
-    return torch.exp2(levels.double() / per_octave).float()
 
 
 def _importance(weight: Tensor, hessian: Tensor, strength: float) -> Tensor:

@@ -27,8 +27,14 @@ from torch import Tensor
 
 from niblick.artifact.coder import decode_integers, encode_integers
 from niblick.artifact.errors import ArtifactError, require
-from niblick.artifact.records import LowRank, Quantized, RowIntegers, SmallIntegers, largest_integer
-from niblick.artifact.steps import grid_steps
+from niblick.artifact.records import (
+    LowRank,
+    Quantized,
+    RowIntegers,
+    SmallIntegers,
+    grid_steps,
+    largest_integer,
+)
 
 FLAT = 64
 

@@ -94,6 +94,7 @@ PR1423 = replace(
     ),
     schedule=replace(PR1477.schedule, reserve_s=0.0),
     data=DataConfig(loader="stream"),
+    artifact=replace(PR1477.artifact, calibration_batches=256),
 )
 
 DEMO = replace(

@@ -71,6 +71,12 @@ TABLE = {
     "artifact.attention_clip": (12.85, 12.85, 12.85, 12.0, 13.0),
     "artifact.mlp_clip": (12.85, 12.85, 12.85, 12.0, 11.5),
     "artifact.embedding_clip": (20.0, 20.0, 20.0, 12.0, 14.0),
+    "artifact.rounding": ("gptq",) * 5,
+    "artifact.calibration_batches": (64, 256, 64, 16, 16),
+    "artifact.low_rank_matrices": (0, 0, 0, 3, 3),
+    "artifact.gate_bits": (16, 16, 16, 8, 8),
+    "artifact.container": ("brotli", "brotli", "brotli", "lrzip", "lrzip"),
+    "artifact.sort_rows": (True,) * 5,
 }
 
 

@@ -12,7 +12,8 @@ an input that is always zero) becomes zeros and takes no part. As PR #1394 of th
 descendants use it (Frantar et al. 2022, with act-order), but that matrices of one shape run as a batch, on any device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -61,8 +62,9 @@ def factorise(name: str, hessian: Tensor, damping: float = DAMPING) -> Factor:
     ordered = _permute(hessian + torch.diag_embed(dead.to(hessian.dtype)), order)
     used = torch.full_like(mean, damping)
     upper = torch.empty_like(hessian)
-    for i in range(len(hessian)):
-        upper[i], used[i] = _factor(f"{name}[{i}]", ordered[i], mean[i], damping)
+    with _all_digits():
+        for i in range(len(hessian)):
+            upper[i], used[i] = _factor(f"{name}[{i}]", ordered[i], mean[i], damping)
     return Factor(order, upper, dead, used)
 
 
@@ -90,14 +92,35 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, choose: Choose, *, block
             w[:, j + 1 : end].addcmul_(factor.upper[:, j, j + 1 : end, None], e[:, None], value=-1)
             errors[:, j - start] = e
         error += (errors.double().square().sum(-1) * alive[:, start:end]).sum(-1)
-        w[:, end:] -= factor.upper[:, start:end, end:].mT @ errors
+        with _all_digits():
+            w[:, end:] -= factor.upper[:, start:end, end:].mT @ errors
     unordered = torch.empty_like(q).scatter_(1, order[..., None].expand(n, C, R), q)
     return Rounded(unordered.mT.masked_fill(factor.dead[:, None], 0).contiguous(), error)
+
+
+def weighted_error(weight: Tensor, found: Tensor, hessian: Tensor, factor: Factor) -> Tensor:
+    """tr(E H E^T) of each matrix for E = weight - found (n, R, C), as `Rounded.error` has it; (n,) float64."""
+    error = (weight - found).double().masked_fill(factor.dead[:, None], 0.0)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
+    damping = factor.damping.double() * torch.where(factor.dead, 1.0, diagonal).mean(-1)
+    products = error @ hessian.double() + damping[:, None, None] * error
+    return (products * error).sum((-2, -1))
 
 
 def nearest(largest: int) -> Choose:
     """Rounding to the nearest integer in [-largest, largest], half to even."""
     return lambda targets: targets.round().clamp(-largest, largest)
+
+
+@contextmanager
+def _all_digits() -> Iterator[None]:
+    """float32 products in float32: with TF32, which training may have switched on, the identity above fails."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _permute(matrices: Tensor, order: Tensor) -> Tensor:

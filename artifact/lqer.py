@@ -27,7 +27,8 @@ def correct_largest_errors(
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())[:count]
     corrected = dict(rows)
     for role, i in sorted(largest):
-        found = low_rank(i, errors[role, i], asymmetric)
+        found = low_rank(i, errors[role, i].to(weights[role].device), asymmetric)
+        found = LowRank(i, *(tensor.cpu() for tensor in found[1:]))
         corrected[role] = corrected[role]._replace(low_rank=(*corrected[role].low_rank, found))
     return corrected
 

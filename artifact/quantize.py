@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
-from niblick.artifact.gptq import Choose, Factor, Rounded, factorise, gptq, nearest
+from niblick.artifact.gptq import Choose, Factor, Rounded, factorise, gptq, nearest, weighted_error
 from niblick.artifact.lqer import correct_largest_errors
 from niblick.artifact.matrices import HESSIANS, split_roles
 from niblick.artifact.records import Quantized, RowIntegers, SmallIntegers, is_matrix, largest_integer
@@ -82,6 +82,8 @@ def _matrices(
         q = rounded.q
     if config.value_dedup > 1:
         q = (q.div(config.value_dedup, rounding_mode="floor") * config.value_dedup).to(torch.int8)
+        if rounded is not None:
+            rounded = Rounded(q, weighted_error(weight, q * scale.float()[..., None], hessian, factor))
     return RowIntegers(q.cpu(), scale.cpu(), bits, config.states), rounded
 
 

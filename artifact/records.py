@@ -76,7 +76,7 @@ def largest_integer(bits: int) -> int:
 
 
 def grid_steps(levels: Tensor, per_octave: int) -> Tensor:
-    """2^(level / per_octave) in float32; its float16 is the same everywhere, as none lies midway between two of them."""
+    """2^(level / per_octave) in float32; its float16 is the same everywhere: none is near the middle of two."""
     return torch.exp2(levels.double() / per_octave).float()
 
 

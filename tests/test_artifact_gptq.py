@@ -5,7 +5,7 @@ import torch
 from numerics import IDENTITY_F64
 
 from niblick.artifact.errors import ArtifactError
-from niblick.artifact.gptq import factorise, gptq, nearest
+from niblick.artifact.gptq import factorise, gptq, nearest, weighted_error
 from niblick.artifact.lqer import correct_largest_errors, low_rank
 from niblick.artifact.records import RowIntegers, dequantize
 from niblick.artifact.viterbi import along_rows
@@ -73,11 +73,13 @@ def test_the_error_is_the_weighted_one(kind, choose):
     weight, hessian, scale = case(kind)
     rounded = gptq(weight, factorise("x", hessian), scale, choose)
     alive = hessian[0].diagonal() != 0
+    whole = weighted_error(weight, scale[..., None] * rounded.q, hessian, factorise("x", hessian))
     E = torch.where(alive, weight[0] - scale[0][:, None] * rounded.q[0], 0.0)
     diagonal = torch.where(alive, hessian[0].diagonal(), 1.0)
     damped = hessian[0] + 0.01 * diagonal.mean() * torch.eye(C, dtype=torch.float64)
     expected = ((E @ damped) * E).sum()
     assert (rounded.error[0] - expected).abs() <= IDENTITY_F64 * expected
+    assert (whole[0] - expected).abs() <= IDENTITY_F64 * expected
     assert (rounded.q[0][:, ~alive] == 0).all(), "a dead column is zeros"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
 from niblick.model.config import ArtifactConfig
+from niblick.model.distributed import contact
 from niblick.model.gpt import GPT
 
 TEMPERATURE = 0.8
@@ -51,8 +52,9 @@ def collect_hessians(model: GPT, batches: Iterable[Rows]) -> dict[str, Tensor]:
         model.observe = None
         model.train(was_training)
     if dist.is_available() and dist.is_initialized():
-        for tensor in (*hessians.values(), count):
-            dist.all_reduce(tensor)
+        with contact():
+            for tensor in (*hessians.values(), count):
+                dist.all_reduce(tensor)
     if not count:
         raise ArtifactError("calibration: expected at least one batch, found none")
     return hessians

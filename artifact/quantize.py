@@ -81,7 +81,8 @@ def _matrices(
         rounded = gptq(weight, factor, scale.float(), _choose(largest_integer(bits), config))
         q = rounded.q
     if config.value_dedup > 1:
-        q = (q.div(config.value_dedup, rounding_mode="floor") * config.value_dedup).to(torch.int8)
+        t, Q = config.value_dedup, largest_integer(bits)
+        q = (q.div(t, rounding_mode="floor") * t).clamp(min=-(Q // t) * t).to(torch.int8)
         if rounded is not None:
             rounded = Rounded(q, weighted_error(weight, q * scale.float()[..., None], hessian, factor))
     return RowIntegers(q.cpu(), scale.cpu(), bits, config.states), rounded

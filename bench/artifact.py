@@ -63,6 +63,8 @@ WAYS = {
 """What differs from the preset. The error of the first is what the others are brought to."""
 GROUPS = {"attention_clip": "attn", "mlp_clip": "mlp", "embedding_clip": "embedding"}
 """Clip -> how the names of its roles begin."""
+WIDTH = 120
+"""Of the tables, also where the output is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ def main(words: list[str]) -> None:
     for row in compare(subject, base, ways, arguments.equal_bytes):
         rows.append(row)
         print(f"{row.table}: {row.way}: {row.model_bytes:,} bytes, {row.error_db:+.3f} dB", flush=True)
+    console = Console(width=max(Console().width, WIDTH))
     for table in dict.fromkeys(row.table for row in rows):
-        Console().print(rendered(table, [row for row in rows if row.table == table]))
+        console.print(rendered(table, [row for row in rows if row.table == table]))
     if arguments.out:
         text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
         write_atomically(arguments.out, lambda file: file.write(text.encode()))

@@ -119,7 +119,7 @@ DEMO = replace(
     optim=replace(PR1855.optim, ema_decay=0.97),  # an average over tens of steps: a run has a few hundred
     batch=BatchConfig(tokens_per_step=2048, tokens_per_micro_step=2048),
     data=DataConfig(max_val_tokens=100_000),
-    artifact=replace(PR1855.artifact, container="niblick", calibration_batches=8, calibration_tokens=8192),
+    artifact=replace(PR1855.artifact, container="niblick", calibration_batches=4, calibration_tokens=8192),
     evaluation=EvalConfig(sequence_length=512, stride=128, tokens_per_batch=8192),
     run=RunConfig(checkpoint_every_s=30.0),
 )

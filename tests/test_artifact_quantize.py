@@ -152,6 +152,8 @@ def test_value_dedup_floors():
     state = {"mlp_up_bank": random(1, 8, 128)}
     plain = quantize(state, CONFIG).tensors["mlp_up"].q
     assert torch.equal(quantize(state, replace(CONFIG, value_dedup=2)).tensors["mlp_up"].q, 2 * (plain // 2))
+    clipped = quantize(state, replace(CONFIG, value_dedup=2, matrix_bits=4, mlp_clip=2.0)).tensors["mlp_up"].q
+    assert clipped.min() == -6, "-7 would floor to -8, which four bits do not have"
 
 
 def test_gptq_needs_hessians():

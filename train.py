@@ -326,9 +326,15 @@ def finish(
         **position_fields(position),
     )
     report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent)
+    print_share(
+        "training and calibration", position.elapsed_s + stages.seconds["calibration"], preset.schedule.budget_s
+    )
     seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
-    over = "" if seconds <= config.budget_s else ": OVER THE BUDGET"
-    print(f"evaluation (reload and score): {seconds:.1f} s of {config.budget_s:.0f} s{over}")
+    print_share("evaluation (reload and score)", seconds, config.budget_s)
+
+
+def print_share(what: str, seconds: float, budget_s: float) -> None:
+    print(f"{what}: {seconds:.1f} s of {budget_s:.0f} s{'' if seconds <= budget_s else ': OVER THE BUDGET'}")
 
 
 def fill_up(

@@ -9,6 +9,7 @@ from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import pack_for_inference
 from niblick.artifact.quantize import quantize
 from niblick.artifact.records import RowIntegers, SmallIntegers, dequantize
+from niblick.artifact.steps import row_steps
 from niblick.kernels.int6_linear import int6_unpack
 from niblick.model.config import ArtifactConfig
 from niblick.model.gpt import BANKS
@@ -159,3 +160,15 @@ def test_value_dedup_floors():
 def test_gptq_needs_hessians():
     with pytest.raises(ArtifactError, match=r"artifact\.rounding gptq: expected Hessians"):
         quantize({"mlp_up_bank": random(1, 8, 128)}, ArtifactConfig())
+
+
+def test_the_hessian_aware_clip_follows_its_definition():
+    weight = random(2, 8, 128).double()
+    hessian = torch.diag_embed(random(2, 128, seed=1).square().double() + 0.1)
+    plain, found = (row_steps("mlp_up", weight, replace(CONFIG, hessian_clip=lam), hessian) for lam in (0.0, 0.175))
+    for i in range(2):
+        diagonal = hessian[i].diagonal() / hessian[i].diagonal().mean()
+        rows = (weight[i].abs() * diagonal).mean(-1)
+        factor = 1 + 0.175 * (rows / rows.mean() - 1)
+        assert torch.equal(found[i], (11.5 * weight[i].std(-1) / 31 * factor).half())
+    assert not torch.equal(plain, found)

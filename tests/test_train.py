@@ -103,7 +103,14 @@ def test_whole_job(train, tmp_path: Path) -> None:
     steps = [r for r in log if r["event"] == "step"]
     assert [r["step"] for r in steps] == list(range(1, 41)) and steps[-1]["loss"] < steps[0]["loss"]
     assert last["model_bytes"] == (tmp_path / "out" / "artifact.nbk").stat().st_size
-    for heading in ("bits per byte", "token unigram", "xz -9e", "ms/step", "left of 16,000,000"):
+    for heading in (
+        "bits per byte",
+        "token unigram",
+        "xz -9e",
+        "ms/step",
+        "left of 16,000,000",
+        "training and calibration",
+    ):
         assert heading in out
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
 

@@ -166,20 +166,21 @@ def _unsort(stacks: dict[str, np.ndarray], coded: bytes) -> None:
 
 
 def lrzip_compress(data: bytes) -> bytes:
-    return _run_lrzip(["-z", "-L", "9"], data, "in", "in.lrz", 2 * len(data) + (1 << 20))
+    return _run_lrzip("", ["-z", "-L", "9"], data, "in", "in.lrz")
 
 
 def lrzip_decompress(data: bytes, expected: int) -> bytes:
-    found = _run_lrzip(["-d"], data, "in.lrz", "in", expected)
+    seconds = 5 + expected // 500_000  # it needs a quarter of that
+    limits = f"ulimit -f {expected // 512 + 64}; ulimit -v {LRZIP_KIB}; ulimit -t {seconds};"
+    found = _run_lrzip(limits, ["-d"], data, "in.lrz", "in")
     require(len(found) == expected, f"lrzip: expected {expected} bytes decoded, found {len(found)}")
     return found
 
 
-def _run_lrzip(options: list[str], data: bytes, source: str, result: str, most: int) -> bytes:
-    """lrzip works on files; the shell's limits keep a foreign one from filling disk or memory."""
+def _run_lrzip(limits: str, options: list[str], data: bytes, source: str, result: str) -> bytes:
+    """lrzip works on files; `limits` of the shell keep a foreign one from filling disk, memory or time."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / source).write_bytes(data)
-        limits = f"ulimit -f {most // 512 + 64}; ulimit -v {LRZIP_KIB};"
         command = ["sh", "-c", f'{limits} exec lrzip "$@"', "lrzip", "-q", "-p", "1", *options, source]
         try:
             done = subprocess.run(

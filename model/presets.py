@@ -115,11 +115,11 @@ DEMO = replace(
         embedding_std=0.02,
         norm_dropout_quantile=0.99,
     ),
-    schedule=replace(PR1855.schedule, budget_s=90.0, warmup_steps=1),
+    schedule=replace(PR1855.schedule, budget_s=90.0, reserve_s=3.0, warmup_steps=1),
     optim=replace(PR1855.optim, ema_decay=0.97),  # an average over tens of steps: a run has a few hundred
     batch=BatchConfig(tokens_per_step=2048, tokens_per_micro_step=2048),
     data=DataConfig(max_val_tokens=100_000),
-    artifact=replace(PR1855.artifact, container="niblick", calibration_batches=4, calibration_tokens=8192),
+    artifact=replace(PR1855.artifact, container="niblick", calibration_batches=2, calibration_tokens=8192),
     evaluation=EvalConfig(sequence_length=512, stride=128, tokens_per_batch=8192),
     run=RunConfig(checkpoint_every_s=30.0),
 )

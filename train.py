@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import pairwise
@@ -185,7 +186,7 @@ def main(words: list[str]) -> None:
     with stages.stage("model"):
         model, rung = build_model(preset, here)
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
-        position = load_checkpoint(out / CHECKPOINT, trainer) if preset.run.resume else Position()
+        position = resume(out / CHECKPOINT, trainer) if preset.run.resume else Position()
     log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
         remove_half_written(out / CHECKPOINT)
@@ -206,6 +207,15 @@ def main(words: list[str]) -> None:
         dist.destroy_process_group()
     if log:
         finish(trainer, prepared, here, position, stages, log, hessians)
+
+
+def resume(checkpoint: Path, trainer: Trainer) -> Position:
+    """Where the checkpoint was written, the same on every rank: folders of several machines may hold different ones."""
+    position = load_checkpoint(checkpoint, trainer)
+    facts = {f"{name} of the checkpoint": value for name, value in dataclasses.asdict(position).items()}
+    with said_once(trainer.rank):
+        require_agreement(facts)
+    return position
 
 
 def announce(name: str, trainer: Trainer, rung: str, here: Launch, position: Position, log: RunLog) -> None:
@@ -409,7 +419,12 @@ if __name__ == "__main__":
         status = command(sys.argv[1:])
     except SystemExit as ended:  # --help, or a refusal that rank 0 words
         status = ended.code or 0
-    if dist.is_initialized():  # the group has lost a rank, and its teardown would wait for it
+    except BaseException:  # a fault of the program
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if dist.is_initialized():  # the group has lost a rank, or loses this one: its teardown would wait
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

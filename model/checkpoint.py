@@ -65,6 +65,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Position:
             f"{path} was written by {ranks} rank(s), to which data.loader sequences dealt the shards out: expected as "
             f"many, got {trainer.world_size}"
         )
+    _require_same_tensors(path, tensors, trainer)
     trainer.load_state_dict(tensors)
     return position
 
@@ -84,6 +85,15 @@ def _require_finite_weights(trainer: Trainer, position: Position) -> None:
     for name, ok in zip(names, torch.stack(finite).tolist(), strict=True):
         if not ok:
             raise TrainingStopped(f"after step {position.step}, {name} is not finite")
+
+
+def _require_same_tensors(path: Path, tensors: dict[str, torch.Tensor], trainer: Trainer) -> None:
+    """Weights and averages by name and shape: another version of niblick may have others under the same settings."""
+    for name, p in trainer.model.named_parameters():
+        for key in (f"model.{name}", f"ema.{name}"):
+            found = tuple(tensors[key].shape) if key in tensors else "none"
+            if found != tuple(p.shape):
+                raise ConfigError(f"{path}: expected {key} of shape {tuple(p.shape)}, found {found}")
 
 
 def _identity(trainer: Trainer) -> dict[str, object]:

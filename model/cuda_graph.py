@@ -38,6 +38,11 @@ class GraphedMicroStep:
         self._inputs: list[Tensor] = []
         self._pool = torch.cuda.graph_pool_handle()
 
+    @property
+    def captured(self) -> bool:
+        """Whether any mode was, so that memory is kept for it."""
+        return bool(self._captured)
+
     def fits(self, cu_seqlens: Tensor, looping: bool) -> bool:
         """Whether the mode was captured, with room for so many segments."""
         return looping in self._captured and len(cu_seqlens) <= len(self._inputs[2])

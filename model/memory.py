@@ -8,7 +8,7 @@ import torch
 from niblick.model.config import Preset
 
 PARTS = (4, 16, 64)
-"""Of the micro-step's tokens, tried in turn until one fits."""
+"""Of the micro-step's tokens, tried in turn until one fits; one row at least, where the loader makes rows."""
 SHARE = 0.95
 """Of the free memory that is counted on: the allocator's blocks do not fill it to the end."""
 
@@ -21,20 +21,20 @@ def micro_step_that_fits(preset: Preset, world_size: int, run: Callable[[int], o
     """
     asked, unit = preset.batch.tokens_per_micro_step, _unit(preset)
     said = f"out of GPU memory at batch.tokens_per_micro_step {asked}"
-    for part in PARTS:
-        tokens = asked // part // unit * unit
+    fewer = [tokens for part in PARTS if (tokens := max(asked // part // unit, 1) * unit) < asked]
+    for tokens in dict.fromkeys(fewer):
         _release()
         try:
-            per_token = _peak_bytes(lambda: run(tokens), device) / tokens if tokens else None  # noqa: B023
+            per_token = _peak_bytes(lambda: run(tokens), device) / tokens  # noqa: B023
         except torch.OutOfMemoryError:
             continue
-        if per_token:
-            _release()
-            fits = min(asked - 1, int(SHARE * _free_bytes(device) / per_token))
-            said += f": about {fits} would fit ({per_token / 1e3:.0f} kB a token, measured at {tokens})"
-            found = largest_micro_step(preset, world_size, fits)
-            return f"{said}; try --batch.tokens-per-micro-step {found}" if found else said
-    return f"{said}, and a {PARTS[-1]}th of it does not fit either: expected a larger card or a smaller model"
+        _release()
+        fits = min(asked - 1, int(SHARE * _free_bytes(device) / per_token))
+        said += f": about {fits} would fit ({per_token / 1e3:.0f} kB a token, measured at {tokens})"
+        found = largest_micro_step(preset, world_size, fits)
+        return f"{said}; try --batch.tokens-per-micro-step {found}" if found else said
+    either = f", and {fewer[-1]} do not fit either" if fewer else ""
+    return f"{said}{either}: expected a larger card or a smaller model"
 
 
 def largest_micro_step(preset: Preset, world_size: int, limit: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,9 +27,10 @@ def run_clock(
     schedule, run = trainer.preset.schedule, trainer.preset.run
     last_s = schedule.budget_s - schedule.reserve_s - 5.0  # later, writing would break the budget
     saved_s = position.elapsed_s
+    batches = chain([next(batches)], batches)  # a resumed loader finds its place before the clock starts
     if trainer.world_size > 1:
         with contact():
-            dist.barrier()  # compiling takes some ranks longer than the patience that begins here
+            dist.barrier()  # which, like compiling, takes some ranks longer than others, or than their patience
     with ProgressLine(schedule, log) as line, _watch(trainer, checkpoint) as beat:
 
         def on_reading(reading: Reading) -> None:

@@ -102,9 +102,24 @@ class Trainer:
         """The loss; the gradients are left in `.grad`."""
         if self.graphed and self.graphed.fits(batch.cu_seqlens, looping):
             return self.graphed.replay(batch.ids, batch.targets, batch.cu_seqlens, looping)
+        try:
+            return self._launched(batch, looping)
+        except torch.OutOfMemoryError:
+            if not (self.graphed and self.graphed.captured):
+                raise
+        self._clear_gradients()  # on here, where the error no longer holds the tensors of the micro-step
+        self._give_up_graphs()
+        return self._launched(batch, looping)
+
+    def _launched(self, batch: Batch, looping: bool) -> Tensor:
         loss = self._micro_step(batch, looping)
         loss.backward()
         return loss.detach()
+
+    def _give_up_graphs(self) -> None:
+        """They keep the memory of a micro-step for themselves, and the step goes on without."""
+        self.graphed = None
+        warnings.warn("no memory for a CUDA graph beside the step: training launches every kernel", stacklevel=2)
 
     def _micro_step(self, batch: Batch, looping: bool) -> Tensor:
         ids, targets, cu_seqlens = (
@@ -147,8 +162,7 @@ class Trainer:
         try:
             self.graphed.capture(*(x.to(self.device) for x in (batch.ids, batch.targets, batch.cu_seqlens)), looping)
         except torch.OutOfMemoryError:
-            self.graphed = None  # the step itself fits, and goes on without
-            warnings.warn("no memory for a CUDA graph beside the step: training launches every kernel", stacklevel=2)
+            self._give_up_graphs()
 
     def _warm_up_step(self, batches: Iterator[Batch], first: Batch, momentum: float, looping: bool) -> None:
         try:
@@ -230,13 +244,13 @@ def train(
 ) -> Position:
     """Steps until the clock or the step count runs out: a step starts if all before it end inside the budget.
 
-    A recompilation inside the clock is an error. `on_step` is called after every step, on the clock.
+    TrainingStopped for a recompilation inside the clock, and without memory for a step. `on_step` is called after every
+    step, on the clock.
     """
     schedule, optim = trainer.preset.schedule, trainer.preset.optim
     limit_s, start = schedule.budget_s - schedule.reserve_s, position.step
-    batches = chain([next(batches)], batches)  # a resumed loader finds its place before the clock starts
     clock.start()
-    with _compiling_is_an_error(position):
+    with _what_stops_it(position):
         while clock.ahead_s < limit_s and position.step < schedule.max_steps:
             fraction = _progress(trainer.preset, position, clock)
             loss, position.cursor = trainer.step(
@@ -266,13 +280,16 @@ def _progress(preset: Preset, position: Position, clock: Clock) -> float:
 
 
 @contextmanager
-def _compiling_is_an_error(position: Position) -> Iterator[None]:
+def _what_stops_it(position: Position) -> Iterator[None]:
     with torch._dynamo.config.patch(error_on_recompile=True):
         try:
             yield
         except torch._dynamo.exc.RecompileError as error:
             reason = " ".join(str(error).split())
             raise TrainingStopped(f"step {position.step + 1} would compile inside the clock ({reason})") from error
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split("\n")[0]
+            raise TrainingStopped(f"step {position.step + 1} ran out of GPU memory ({reason})") from error
 
 
 def _require_room_for_a_step(took_s: float, limit_s: float) -> None:

@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 class FakeGraph:
     """Fills the same gradients at every replay, as a graph does; without one."""
 
+    captured = True
+
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.static = trainer, [torch.zeros_like(p) for p in trainer.parameters]
         self.replayed = 0
@@ -84,6 +86,27 @@ def test_more_segments_than_a_graph_holds_are_launched() -> None:
     source[0] = replace(source[0], cu_seqlens=torch.tensor([0, 9, 30, 64, 64, 64], dtype=torch.int32))
     gradients(trainer, source, False)
     assert trainer.graphed.replayed == 0
+
+
+def test_graphs_make_room_for_a_micro_step_that_none_of_them_fits(monkeypatch) -> None:
+    """Graphs keep the memory of a whole micro-step; one that is launched needs as much again."""
+    trainer = make_trainer(CPU, torch.float64, 3)
+    source = batches()
+    source[1] = replace(source[1], cu_seqlens=torch.tensor([0, 9, 30, 64, 64, 64], dtype=torch.int32))
+    loss, plain = gradients(trainer, source, True)
+    trainer.graphed = FakeGraph(trainer)
+    forward = trainer.forward
+
+    def lack(*words) -> torch.Tensor:
+        if trainer.graphed:
+            raise torch.OutOfMemoryError
+        return forward(*words)
+
+    monkeypatch.setattr(trainer, "forward", lack)
+    with pytest.warns(UserWarning, match="no memory for a CUDA graph beside the step"):
+        again, found = gradients(trainer, source, True)
+    assert trainer.graphed is None and torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
 
 
 def test_a_cpu_has_no_graphs() -> None:

@@ -219,6 +219,20 @@ def test_a_run_longer_than_its_patience_goes_on_while_steps_end(shard: Path, tmp
     assert run_ranks(_slow, 2, preset, shard, tmp_path / "c") == [12, 12]
 
 
+def _finds_its_place(rank: int, preset: Preset, shard: Path, checkpoint: Path) -> tuple[int, bool]:
+    trainer = Trainer(GPT(preset.model), preset, CPU, 2, compile=False)
+    with open_loader(preset, shard, rank, 2, None) as batches:
+        slow = (time.sleep(0 if number else 3.0 * rank) or batch for number, batch in enumerate(batches))
+        position = run_clock(trainer, slow, Position(), checkpoint, None)
+    return position.step, position.elapsed_s < 2.0
+
+
+def test_a_rank_that_is_late_to_find_its_place_costs_neither_patience_nor_budget(shard: Path, tmp_path: Path) -> None:
+    preset = struck_preset(1.5)
+    preset = replace(preset, schedule=replace(preset.schedule, max_steps=2))
+    assert run_ranks(_finds_its_place, 2, preset, shard, tmp_path / "c") == [(2, True)] * 2
+
+
 def _loses_a_number(rank: int, preset: Preset, shard: Path, checkpoint: Path) -> str:
     trainer = Trainer(GPT(preset.model), preset, CPU, 2, compile=False)
     step, count = trainer.step, 0

@@ -1,5 +1,6 @@
 """What ends a run before its time, and what is done beside the compiler: on one rank, on the CPU."""
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from ranks import one_thread  # noqa: F401
 from test_training import SMALL, loader, preset, small_shard, trainer
 
+from niblick.data.loaders import StreamLoader
 from niblick.model import memory
 from niblick.model.checkpoint import load_checkpoint, remove_half_written, save_checkpoint
 from niblick.model.config import BatchConfig, ConfigError, DataConfig, RunConfig, ScheduleConfig
@@ -135,8 +137,37 @@ def test_out_of_memory_even_for_a_little(shard: Path, card, monkeypatch) -> None
     monkeypatch.setattr(memory, "_peak_bytes", nothing_fits)
     t = trainer(preset())
     t.forward = card
-    with loader(shard) as batches, pytest.raises(ConfigError, match="a 64th of it does not fit either"):
+    with loader(shard) as batches, pytest.raises(ConfigError, match=r"micro_step 64, and 1 do not fit either: "):
         t.warm_up(batches)
+
+
+def test_out_of_memory_with_few_rows_is_measured_on_one(shard: Path, card) -> None:
+    """A quarter of three rows is none."""
+    rows = DataConfig(loader="sequences")
+    t = trainer(preset(batch=BatchConfig(48, 48), data=rows, model=replace(SMALL, max_segment=16)))
+    t.forward = card
+    with StreamLoader([shard], 48, sequence_length=16) as batches, pytest.raises(ConfigError) as caught:
+        t.warm_up(batches)
+    assert card.asked == [48, 16]
+    assert str(caught.value).endswith("measured at 16); try --batch.tokens-per-micro-step 16")
+    t = trainer(replace(t.preset, batch=BatchConfig(48, 16)))
+    line = "^out of GPU memory at batch.tokens_per_micro_step 16: expected a larger card or a smaller model$"
+    assert re.match(line, memory.micro_step_that_fits(t.preset, 1, card, t.device))
+
+
+def test_out_of_memory_inside_the_clock_is_a_line(shard: Path, tmp_path: Path, monkeypatch) -> None:
+    t = trainer(preset(run=EVERY_STEP))
+    step, left = t.step, iter([True, True])
+
+    def lack(*words, **options):
+        if next(left, False):
+            return step(*words, **options)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(t, "step", lack)
+    line = r"^step 3 ran out of GPU memory \(.*\); the last checkpoint is \S*$"
+    with pytest.raises(TrainingStopped, match=line):
+        run_to_the_end(t, shard, tmp_path)
 
 
 def test_the_micro_step_divides_the_step_and_holds_whole_rows() -> None:
@@ -223,6 +254,18 @@ def test_jobs_run_beside_the_body_and_their_errors_come_after_it() -> None:
         pass
     with alongside([]):
         assert threading.active_count() == 1
+
+
+def test_jobs_find_the_device_of_their_rank_current(monkeypatch) -> None:
+    """A thread begins on card 0, where a flash kernel would look for the stream of any rank."""
+    here = threading.local()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(here, "device", device))
+    found = []
+    with alongside([lambda: found.append(here.device)] * 2):
+        pass
+    assert found == [3, 3]
 
 
 def test_rehearsals_launch_what_a_step_launches(shard: Path, monkeypatch) -> None:

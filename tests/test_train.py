@@ -283,6 +283,40 @@ def test_the_listing_of_the_data_is_compared(train, monkeypatch) -> None:
     assert re.fullmatch(r"\d+ bytes", facts[1]["data file niblick_train_000000.bin"]) and "tokenizer" in facts[1]
 
 
+def test_ranks_that_resume_from_different_checkpoints_are_refused(train, monkeypatch) -> None:
+    """`run.out` may be another folder on another machine, with a checkpoint of another step."""
+    words = ["--schedule.max-steps", "2", "--run.checkpoint-every-s", "1e-6"]
+    assert train(*words)[0] == 0
+    facts = []
+    monkeypatch.setattr(train.script, "require_agreement", facts.append)
+    assert train(*words, "--resume")[0] == 0
+    assert facts[-1]["step of the checkpoint"] == 2 and "cursor of the checkpoint" in facts[-1]
+
+
+UNFORESEEN = """
+import atexit, runpy, sys
+import torch.distributed as dist
+from niblick.data import command_line
+
+def fail(*_):
+    raise ValueError("unforeseen")
+
+command_line.guarded = fail
+dist.is_initialized = lambda: True
+atexit.register(print, "teardown")
+sys.argv = ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_an_unforeseen_error_leaves_the_other_ranks_at_once() -> None:
+    """With its traceback, and without the teardown of the group, which would wait for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFORESEEN], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: unforeseen\n") and not done.stdout
+
+
 def test_killed_run_goes_on_from_its_checkpoint_to_the_same_artifact(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = [sys.executable, *command(corpus, out, *STEADY, "--run.checkpoint-every-s", "0.05")]

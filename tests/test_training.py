@@ -9,6 +9,8 @@ import pytest
 import torch
 from numerics import assert_close_f32
 from ranks import one_thread  # noqa: F401
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_optim import SMALL
 
 from niblick.data.loaders import DocumentLoader
@@ -168,6 +170,20 @@ def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ConfigError, match="expected a checkpoint") as caught:
         load_checkpoint(path, trainer(p))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.q_gain", "ema.q_gain"])
+@pytest.mark.parametrize("shape", [None, (1,)])
+def test_checkpoint_of_other_tensors_is_one_line(tmp_path: Path, name: str, shape: tuple[int] | None) -> None:
+    """Another version may name its parameters otherwise; a shape of 1 would be broadcast without a word."""
+    p, path = preset(), tmp_path / "c"
+    save_checkpoint(path, trainer(p), Position())
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys() if key != name}
+    save_file(tensors if shape is None else tensors | {name: torch.ones(shape)}, path, metadata)
+    found = "none" if shape is None else r"\(1,\)"
+    with pytest.raises(ConfigError, match=rf"c: expected {name} of shape \(4, 2\), found {found}$"):
+        load_checkpoint(path, trainer(p))
 
 
 def test_a_failed_checkpoint_keeps_the_one_before(shard: Path, tmp_path: Path, monkeypatch) -> None:

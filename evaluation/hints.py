@@ -42,6 +42,8 @@ PAIR_MULTIPLIER = 1000003
 POSITION_BITS, TOKEN_BITS = 26, 16
 CHUNK = 1 << 21
 """Sorted positions looked at together, 16 MiB an array; more where pairs that may share a Q lie on both sides."""
+ROW = 1024
+"""Elements that a running maximum scans in one piece."""
 
 
 class Hints(NamedTuple):
@@ -199,9 +201,9 @@ def _look_up(places: Tensor, history: Tensor, pair: int, own_count: bool) -> Kno
 
 def _best(group: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """After each element: the token that first had the largest count of the group so far, and that count."""
-    running = ((group << 32) | counts).cummax(0).values
+    running = _running_max((group << 32) | counts)
     index = torch.arange(len(running), device=running.device)
-    holder = torch.where(_starts(running), index, 0).cummax(0).values
+    holder = _running_max(torch.where(_starts(running), index, 0))
     return targets[holder], running & 0xFFFFFFFF
 
 
@@ -253,7 +255,14 @@ def _starts(ordered: Tensor) -> Tensor:
 def _ranks(starts: Tensor) -> Tensor:
     """Of each element, how many of its run are before it."""
     index = torch.arange(len(starts), device=starts.device)
-    return index - torch.where(starts, index, 0).cummax(0).values
+    return index - _running_max(torch.where(starts, index, 0))
+
+
+def _running_max(values: Tensor) -> Tensor:
+    """Of int64 >= 0, in two levels: torch gives a row that it scans on a GPU to a single block of threads."""
+    rows = torch.nn.functional.pad(values, (0, -len(values) % ROW)).view(-1, ROW).cummax(1).values
+    rows[1:] = rows[1:].maximum(rows[:-1, -1].cummax(0).values[:, None])
+    return rows.view(-1)[: len(values)]
 
 
 def _sort(values: Tensor) -> Tensor:

@@ -127,9 +127,8 @@ def token_hints(
     for order, keys in _keys(history, version):
         for known in _chunks(keys, history, order, version):
             share = known.counts.to(version.confidence) / known.totals.to(version.confidence)
-            # As a tensor: a Python float would be compared without being rounded to float32.
-            sure = share >= torch.tensor(order.threshold, dtype=version.confidence, device=device)
-            sure &= known.totals >= order.least_total
+            # torch rounds the threshold to the dtype of the shares.
+            sure = (share >= order.threshold) & (known.totals >= order.least_total)
             at = known.positions[sure]
             hints[at] = known.tokens[sure].int()
             if version.scaled:

@@ -118,11 +118,13 @@ def test_equal_to_the_sequential_table(kind, version, monkeypatch):
     assert kind == "random" or (expected.tokens >= 0).sum() > 100, "a stream without hints tests nothing"
     assert_equal(token_hints(tokens, version), expected)
     monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(module, "ROW", 8)
     assert_equal(token_hints(tokens, version), expected)
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.0])
+@pytest.mark.parametrize("threshold", [0.9, 0.5, 0.0])
 def test_equal_at_other_thresholds(threshold):
+    """Nine in ten are sure at 0.9: both are rounded to float32, which takes 0.9 down."""
     tokens, b = stream("two symbols", seed=4), VERSIONS["B"]
     version = b._replace(orders=(b.orders[0]._replace(threshold=threshold),))
     assert_equal(token_hints(tokens, version), sequential_b(tokens, threshold))

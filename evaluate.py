@@ -1,6 +1,6 @@
 """Artifact -> bits per byte.
 
-    python evaluate.py ARTIFACT --data FOLDER [--method sliding] [--tilt] [--weights packed] ...
+    python evaluate.py ARTIFACT --data FOLDER [--method sliding] [--tilt] [--tilt-version A] [--weights packed] ...
 
 FOLDER holds validation shards and a tokenizer: what `niblick.data.download` fetched, or what a training run prepared
 under cache/. Exit status 2 and one line for anything that cannot be scored.
@@ -27,7 +27,7 @@ from niblick.data.command_line import guarded, parse
 from niblick.data.shards import find_shards
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.score import Score
-from niblick.model.config import ConfigError, EvalConfig, Method, Tail
+from niblick.model.config import ConfigError, EvalConfig, Method, Tail, TiltVersion
 from niblick.model.files import write_atomically
 
 
@@ -42,7 +42,9 @@ class Arguments:
     method: Method = "plain"
     """plain: consecutive windows. sliding: overlapping ones, which give every target a long context."""
     tilt: bool = False
-    """Raise the probability of tokens that followed the same 15 tokens before."""
+    """Raise the probability of tokens that followed the same tokens before."""
+    tilt_version: TiltVersion = "B"
+    """Contexts that --tilt compares. A: the 8, 10, 12, 14 and 16 tokens before. B: the 15 tokens before."""
     weights: Weights = "dense"
     """packed: matrices stay in six bits."""
     sequence_length: int | None = None
@@ -109,7 +111,7 @@ def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments) ->
             model,
             data,
             config,
-            tilt=arguments.tilt,
+            tilt=arguments.tilt_version if arguments.tilt else None,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 
@@ -129,7 +131,7 @@ def summary(
         "share_of_budget": seconds / config.budget_s,
         "tokens_per_second": score.n_targets / score.seconds,
         "method": arguments.method + (f", stride {config.stride}" if arguments.method == "sliding" else ""),
-        "tilt": str(arguments.tilt),
+        "tilt": arguments.tilt_version if arguments.tilt else "none",
         "sequence_length": config.sequence_length,
         "tail": arguments.tail,
         "weights": arguments.weights,

@@ -14,7 +14,7 @@ from niblick.data.shards import check_ids, first_bos, read_shard
 from niblick.evaluation.hints import token_hints
 from niblick.evaluation.score import Score, score
 from niblick.evaluation.windows import plain_windows, rows_kept, sliding_windows
-from niblick.model.config import EvalConfig
+from niblick.model.config import EvalConfig, TiltVersion
 from niblick.model.gpt import GPT
 
 
@@ -53,12 +53,15 @@ def evaluate_model(
     data: ValidationSet,
     config: EvalConfig,
     *,
-    tilt: bool = False,
+    tilt: TiltVersion | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Score every target once; the seconds are those of everything done here, the hints of `tilt` included.
 
-    `progress` is called with the targets scored so far and all of them. ConfigError for sizes that leave no target.
+    tilt: the version of the n-gram hints, made on the model's device; None: no hints.
+
+    `progress` is called with the targets scored so far and all of them. ConfigError for sizes that leave no
+    target, or a stream that hints refuse.
     """
     began = time.perf_counter()
     n_rows = rows_kept(len(data.tokens), config.sequence_length, config.tail)
@@ -72,7 +75,7 @@ def evaluate_model(
         data.byte_counts,
         windows,
         tokens_per_batch=config.tokens_per_batch,
-        hints=token_hints(data.tokens) if tilt else None,
+        hints=token_hints(data.tokens, tilt, device=model.embedding.device) if tilt else None,
         progress=progress,
     )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)

@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 Impl = Literal["kernel", "reference"]
 Method = Literal["plain", "sliding"]
 Tail = Literal["keep", "drop"]
+TiltVersion = Literal["A", "B"]
 
 
 class ConfigError(ValueError):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,12 +73,12 @@ def test_validation_set_counts_the_bytes_of_the_text(folder):
 
 def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
     out = tmp_path / "score.json"
-    words = options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--out", str(out))
+    words = options(folder, "--method", "sliding", "--stride", "5", "--tilt", "--tilt-version", "A", "--out", str(out))
     assert evaluate.command(words) == 0
     lines = out.read_text().splitlines()
     result = json.loads(lines[0])
     assert len(lines) == 1 and result["targets"] == 44 and result["sequence_length"] == 16
-    assert result["method"] == "sliding, stride 5" and result["attention"] == "plain" and result["tilt"] == "True"
+    assert result["method"] == "sliding, stride 5" and result["attention"] == "plain" and result["tilt"] == "A"
     # At the start the model knows nothing: about the uniform distribution over the vocabulary.
     assert np.log(V - 30) < result["nats_per_token"] < np.log(V + 30)
     nats = result["bits_per_byte"] * np.log(2) * result["bytes"]
@@ -106,8 +107,12 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
 
     monkeypatch.setattr(run, "score", score)
     data = ValidationSet(np.ones(100, np.uint16), np.ones(100, np.int16))
-    evaluate_model(None, data, EvalConfig(sequence_length=32, tail="drop"), tilt=True)
+    model = SimpleNamespace(embedding=torch.zeros(1))
+    evaluate_model(model, data, EvalConfig(sequence_length=32, tail="drop"), tilt="B")
     assert seen["windows"] == plain_windows(96, 32) and (seen["hints"].tokens[20:] == 1).all()
+    assert (seen["hints"].tokens[:16] == -1).all() and seen["hints"].betas[20] == 2.625
+    evaluate_model(model, data, EvalConfig(sequence_length=32), tilt="A")
+    assert (seen["hints"].tokens[12:] == 1).all() and seen["hints"].betas[20] == 2.0
     evaluate_model(None, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
     assert len(seen["windows"]) == 10 and seen["hints"] is None
 
@@ -116,6 +121,7 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     ("more", "message"),
     [
         (["--methd", "plain"], "unknown option '--methd' (nearest: --method)"),
+        (["--tilt", "--tilt-version", "C"], "tilt-version"),
         (["--strid=5"], "unknown option '--strid=5' (nearest: --stride)"),
         (["--method", "sliding", "--stride", "17"], "stride must be in 1..16: got 17"),
         (["--method", "sliding", "--stride", "0"], "stride must be in 1..16: got 0"),

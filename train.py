@@ -99,7 +99,7 @@ def join(preset: Preset) -> Launch:
 def prepare_data(preset: Preset, here: Launch) -> Prepared:
     """Rank 0 prepares while the others wait; then all read the same folder."""
     data = preset.data
-    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens)
+    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens, data.caseops)
     key = hashlib.sha256(repr((*settings, preset.model.vocab_size)).encode()).hexdigest()[:8]
     folder = Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}"
 
@@ -113,6 +113,7 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
             held_out=data.held_out,
             order=data.order,
             max_val_tokens=data.max_val_tokens or None,
+            caseops=data.caseops,
         )
 
     prepared = run() if here.world_size == 1 else prepare_once(run, here.rank)

@@ -108,7 +108,8 @@ def check(
         first_byte = FIRST_BYTE
         is_operator = (tokens >= FIRST_OPERATOR) & (tokens < FIRST_BYTE)
         demanded[is_operator] = 0
-        demanded[escaped(tokens)] = 3
+        literal = escaped(tokens)
+        demanded[literal[is_operator[literal]]] = 3
         demanded[: int(np.argmin(is_operator))] = -1  # whether the shard before ended with ESCAPE is not known here
     is_byte = (tokens >= first_byte) & (tokens < first_byte + 256)
     continues = (tokens >= first_byte + 0x80) & (tokens < first_byte + 0xC0)

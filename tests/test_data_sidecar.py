@@ -277,6 +277,19 @@ def test_audit_finds_counts_that_are_possible_but_wrong(source, tmp_path):
         byte_audit.audit(paths, prepared.tokenizer, source=only)
 
 
+def test_audit_counts_the_targets_of_whole_windows(source, models, tmp_path, monkeypatch):
+    """As the challenge does: the bytes of tokens 1 to T, of a plain tokenizer too."""
+    settings = SMALL | {"caseops": False}
+    prepared = prepare.prepare(source, tmp_path / "out", tokenizer=models / "plain.model", **settings)
+    data = ValidationSet.load(prepared.val, prepared.tokenizer, vocab_size=SIZE)
+    kept = (len(data.tokens) - 1) // 128 * 128
+    total = int(data.byte_counts[1 : kept + 1].sum(dtype=int))
+    monkeypatch.setattr(byte_audit, "PUBLISHED_WINDOW", 128)
+    monkeypatch.setattr(byte_audit, "PUBLISHED", {kept: total})
+    found = byte_audit.audit(list(prepared.val), prepared.tokenizer).published
+    assert found == f"{total} for {kept} targets, {total} found" and kept < len(data.tokens) - 1
+
+
 def test_audit_knows_the_published_totals(source, tmp_path, monkeypatch, capsys):
     prepared = prepare.prepare(source, tmp_path / "out", **SMALL)
     result = byte_audit.audit(list(prepared.val), prepared.tokenizer)

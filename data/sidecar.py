@@ -4,6 +4,10 @@
 for each token, 0 for BOS. Counts beyond uint16 make it version 2 (one piece covers a whole run of spaces). Our header
 also holds the SHA-256 of the shard and of the tokenizer that the counts belong to; in published files zeros stand
 there, and only what the tokens themselves tell can be checked (`check`).
+
+These are the bytes of the original text; a plain tokenizer's table (`ByteTable`) counts the decoded text, which has one
+space where there was more white space. On text broken into lines that is less (1.55 MB of technical prose: by 3.3 %),
+so scores of the two kinds of tokenizer compare only where both totals agree. FineWeb's published ones do, to 3e-5.
 """
 
 import hashlib

@@ -99,7 +99,7 @@ def join(preset: Preset) -> Launch:
 def prepare_data(preset: Preset, here: Launch) -> Prepared:
     """Rank 0 prepares while the others wait; then all read the same folder."""
     data = preset.data
-    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens)
+    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens, data.caseops)
     key = hashlib.sha256(repr((*settings, preset.model.vocab_size)).encode()).hexdigest()[:8]
     folder = Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}"
 
@@ -113,6 +113,7 @@ def prepare_data(preset: Preset, here: Launch) -> Prepared:
             held_out=data.held_out,
             order=data.order,
             max_val_tokens=data.max_val_tokens or None,
+            caseops=data.caseops,
         )
 
     prepared = run() if here.world_size == 1 else prepare_once(run, here.rank)
@@ -372,7 +373,9 @@ def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
     tokens, n_bytes = held_out.tokens[:YARDSTICK_TOKENS], held_out.byte_counts[:YARDSTICK_TOKENS].sum(dtype=np.int64)
     text = tokenizers.decode_documents(tokenizers.load(prepared.tokenizer, prepared.vocab_size), tokens)
     unigram = token_unigram_bits_per_byte(counts, tokens[1:], float(n_bytes))
-    return {"token unigram": unigram} | compressor_bits_per_byte(text)
+    # The score's bytes are more than the decoded text's where CaseOps counts the white space that a token stands for.
+    compressors = {name: bits * len(text) / float(n_bytes) for name, bits in compressor_bits_per_byte(text).items()}
+    return {"token unigram": unigram} | compressors
 
 
 def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path, data: Path) -> None:

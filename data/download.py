@@ -26,6 +26,8 @@ class Download:
     """Training shards, from the first (10^8 tokens and 200 MB each)."""
     val_shards: int = 1
     """Validation shards."""
+    val_bytes: bool = False
+    """Also the validation shards' bytes per token, which a CaseOps export has and its score needs."""
     repo: str = "kevclark/parameter-golf"
     """Dataset repository on the hub."""
     folder: str = "datasets/datasets/fineweb10B_sp8192"
@@ -46,6 +48,8 @@ def download(options: Download) -> list[Path]:
         )
     names = [f"{options.folder}/fineweb_train_{i:06d}.bin" for i in range(options.shards)]
     names += [f"{options.folder}/fineweb_val_{i:06d}.bin" for i in range(options.val_shards)]
+    if options.val_bytes:
+        names += [f"{options.folder}/fineweb_val_bytes_{i:06d}.bin" for i in range(options.val_shards)]
     return [_fetch(name, options) for name in [options.tokenizer, *names]]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from niblick.data import corpus, shards
+from niblick.data import corpus, shards, sidecar
 from niblick.data import tokenizer as tokenizers
 from niblick.data.errors import DataError
 from niblick.data.files import write_atomically
@@ -48,6 +48,15 @@ class _Settings:
     shard_tokens: int
     held_out: float
     max_val_tokens: int | None
+    caseops: bool
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One side: tokens (n,), and of CaseOps validation text the bytes of each, (n,)."""
+
+    tokens: np.ndarray
+    counts: np.ndarray | None
 
 
 def prepare(
@@ -60,6 +69,7 @@ def prepare(
     held_out: float = 0.05,
     max_val_tokens: int | None = None,
     order: str = "name",
+    caseops: bool = False,
 ) -> Prepared:
     """Turns a source into tokenizer and shards in `out_dir`, or finds them there.
 
@@ -67,17 +77,19 @@ def prepare(
     is used as it lies (`ready`). tokenizer: a SentencePiece model to use instead of training one. held_out: the
     fraction of documents that go to validation, by the hash of their names; max_val_tokens cuts that stream. Documents
     are shuffled by the hash of their names, each starts with BOS, and shards are cut every `shard_tokens` tokens
-    wherever that falls (see `_cut`). order: see `order_shards`.
+    wherever that falls (see `_cut`). order: see `order_shards`. caseops: the tokenizer is one with case operators
+    (`niblick.data.caseops`), and byte counts lie beside the validation shards. A tokenizer that is given, or found with
+    ready shards, decides that by itself.
 
-    DataError for no text, no training or held-out document, and a tokenizer of another size than `vocab_size`; the
-    folder then keeps what it held. With several ranks, call it on one and let the others wait.
+    DataError for no text, no training or held-out document, a tokenizer of another size than `vocab_size`, and with
+    `caseops` a plain one; the folder then keeps what it held. With several ranks, call it on one while the others wait.
     """
     _check_order(order)
     if Path(source).is_dir() and any(Path(source).glob("*_train_*.bin")):
-        return ready(source, tokenizer, vocab_size=vocab_size, order=order)
+        return ready(source, tokenizer, vocab_size=vocab_size, order=order, caseops=caseops)
     corpus.documents(source)  # refuses what is no source, before anything is touched
     out = Path(out_dir)
-    settings = _Settings(vocab_size, shard_tokens, held_out, max_val_tokens)
+    settings = _Settings(vocab_size, shard_tokens, held_out, max_val_tokens, caseops)
     if not (
         vocab_size > 0 and shard_tokens > 0 and 0 < held_out < 1 and (max_val_tokens is None or max_val_tokens > 1)
     ):
@@ -88,19 +100,26 @@ def prepare(
             _build(source, out, tokenizer, settings)
             manifest = {"fingerprint": fingerprint, "source": str(source), **asdict(settings), "files": _sizes(out)}
             write_atomically(out / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-    return ready(out, out / MODEL, vocab_size=vocab_size, order=order)
+    return ready(out, out / MODEL, vocab_size=vocab_size, order=order, caseops=caseops)
 
 
 def ready(
-    folder: str | Path, tokenizer: str | Path | None = None, *, vocab_size: int | None = None, order: str = "name"
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    vocab_size: int | None = None,
+    order: str = "name",
+    caseops: bool = False,
 ) -> Prepared:
     """Uses a folder of shards (`*_train_*.bin`, `*_val_*.bin`) as it lies; without `tokenizer`, its one `*.model`.
 
-    Every shard's header and first BOS are checked, and the validation ids; training ids are checked as they are read.
+    Every shard's header and first BOS are checked, and the validation ids and their byte counts where they have some
+    or, under CaseOps, must; training ids are checked as they are read.
     """
     _check_order(order)
     model = Path(tokenizer) if tokenizer else tokenizers.find(folder)
-    vocab_size = tokenizers.load(model, vocab_size).vocab_size()
+    processor = _load(model, vocab_size, caseops)
+    vocab_size = processor.vocab_size()
     train, val = shards.find_shards(folder, "train"), shards.find_shards(folder, "val")
     counts = {}
     for path in train + val:
@@ -110,8 +129,16 @@ def ready(
             shards.first_bos(tokens, BOS, path)
         if path in val:
             shards.check_ids(tokens, vocab_size, path)
+    sidecar.read_all(val, model, processor)
     train_tokens, val_tokens = (sum(counts[path] for path in paths) for paths in (train, val))
     return Prepared(model, order_shards(train, order), tuple(val), vocab_size, train_tokens, val_tokens)
+
+
+def _load(path: str | Path, vocab_size: int | None, caseops: bool) -> sentencepiece.SentencePieceProcessor:
+    processor = tokenizers.load(path, vocab_size)
+    if caseops and not tokenizers.has_case_operators(processor):
+        raise DataError(f"{path}: expected a tokenizer with case operators (caseops), found one of plain text")
+    return processor
 
 
 def compressibility(path: str | Path) -> float:
@@ -141,7 +168,7 @@ def _fingerprint(source: str | Path, tokenizer: str | Path | None, settings: _Se
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in corpus.source_files(source)]
     given = None
     if tokenizer is not None:
-        tokenizers.load(tokenizer, settings.vocab_size)
+        _load(tokenizer, settings.vocab_size, settings.caseops)
         given = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     versions = (FORMAT, platform.python_version(), sentencepiece.__version__)
     description = json.dumps([str(source), files, given, asdict(settings), versions])
@@ -182,8 +209,7 @@ def _build(source: str | Path, out: Path, tokenizer: str | Path | None, settings
     try:
         _write_model(source, building / MODEL, tokenizer, settings)
         for split, stream in _streams(source, building / MODEL, settings).items():
-            for index, part in enumerate(_cut(stream, settings.shard_tokens)):
-                shards.write_shard(building / f"niblick_{split}_{index:06d}.bin", part)
+            _write_shards(building, split, stream, settings.shard_tokens)
         (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it would not be true
         for path in _outputs(out):
             path.unlink()
@@ -191,6 +217,16 @@ def _build(source: str | Path, out: Path, tokenizer: str | Path | None, settings
             os.replace(path, out / path.name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_shards(folder: Path, split: str, stream: _Stream, size: int) -> None:
+    start = 0
+    for index, part in enumerate(_cut(stream.tokens, size)):
+        path = folder / f"niblick_{split}_{index:06d}.bin"
+        shards.write_shard(path, part)
+        if stream.counts is not None:
+            sidecar.write(path, stream.counts[start : start + len(part)], folder / MODEL)
+        start += len(part)
 
 
 def _cut(stream: np.ndarray, size: int) -> list[np.ndarray]:
@@ -205,26 +241,34 @@ def _write_model(source: str | Path, model: Path, tokenizer: str | Path | None, 
         return
     documents = corpus.documents(source)
     texts = (text for name, text in documents if not corpus.is_held_out(name, settings.held_out))
-    tokenizers.train(texts, settings.vocab_size, model)
+    tokenizers.train(texts, settings.vocab_size, model, settings.caseops)
 
 
-def _streams(source: str | Path, model: Path, settings: _Settings) -> dict[str, np.ndarray]:
-    """The shuffled token stream of each side, "train" and "val"."""
+def _streams(source: str | Path, model: Path, settings: _Settings) -> dict[str, _Stream]:
+    """The shuffled stream of each side, "train" and "val"."""
     processor = tokenizers.load(model, settings.vocab_size)
-    encoded: dict[str, list[tuple[bytes, np.ndarray]]] = {"train": [], "val": []}
+    counted = tokenizers.has_case_operators(processor)
+    encoded: dict[str, list[tuple[bytes, np.ndarray, np.ndarray | None]]] = {"train": [], "val": []}
     for name, text in corpus.documents(source):
-        if tokenizers.clean(text):
-            split = "val" if corpus.is_held_out(name, settings.held_out) else "train"
-            encoded[split].append((corpus.hash_key(name), tokenizers.encode_document(processor, text)))
+        if not tokenizers.clean(text):
+            continue
+        split = "val" if corpus.is_held_out(name, settings.held_out) else "train"
+        if counted and split == "val":
+            ids, counts = sidecar.count_bytes(processor, text)
+        else:
+            ids, counts = tokenizers.encode_document(processor, text), None
+        encoded[split].append((corpus.hash_key(name), ids, counts))
     for split, words in (("val", "held-out"), ("train", "training")):
         if not encoded[split]:
             raise DataError(
                 f"{source}: no {words} text: expected at least one document on that side of the held-out fraction"
                 f" {settings.held_out}, found none among {sum(map(len, encoded.values()))} documents"
             )
-    streams = {
-        split: np.concatenate([ids for _, ids in sorted(items, key=lambda item: item[0])])
-        for split, items in encoded.items()
-    }
-    streams["val"] = streams["val"][: settings.max_val_tokens]
-    return streams
+    most = settings.max_val_tokens
+    return {"train": _shuffled(encoded["train"], None), "val": _shuffled(encoded["val"], most)}
+
+
+def _shuffled(items: list[tuple[bytes, np.ndarray, np.ndarray | None]], most: int | None) -> _Stream:
+    """The documents (key, ids, counts) end to end in the order of their keys, cut after `most` tokens."""
+    _, ids, counts = zip(*sorted(items, key=lambda item: item[0]), strict=True)
+    return _Stream(np.concatenate(ids)[:most], None if counts[0] is None else np.concatenate(counts)[:most])

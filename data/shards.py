@@ -19,12 +19,14 @@ MAGIC = 20240520
 HEADER_BYTES = 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 MAX_TOKENS = 2**31 - 1
+NOTE_BYTES = HEADER_BYTES - 12
 BLOCK = 1 << 24  # tokens looked at in one go: bounds the memory of whole-shard scans
 
 
-def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+def write_shard(path: str | Path, tokens: np.ndarray, note: bytes = b"") -> None:
     """Writes 1-D integer `tokens` as uint16 (version 1) where they fit, else as uint32 (version 2).
 
+    note: at most NOTE_BYTES, which stand in the header in the place of its first zeros.
     DataError for negative ids, ids of 2^32 and more, and 2^31 tokens or more: cut longer streams into several shards.
     """
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
@@ -37,6 +39,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     version = 1 if high < 2**16 else 2
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, version, len(tokens)
+    header.view("u1")[12 : 12 + len(note)] = np.frombuffer(note, "u1")
 
     def write(file):
         file.write(header.tobytes())
@@ -66,6 +69,12 @@ def read_header(path: str | Path) -> tuple[int, int]:
     if size != expected:
         raise DataError(f"{path}: expected {expected} bytes for the header's {count} tokens, found {size} bytes")
     return version, count
+
+
+def read_note(path: str | Path, size: int) -> bytes:
+    """The `size` bytes that follow the count in a shard's header: zeros where it holds no note."""
+    with open(path, "rb") as file:
+        return file.read(12 + size)[12:]
 
 
 def read_shard(path: str | Path) -> np.ndarray:

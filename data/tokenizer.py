@@ -3,6 +3,9 @@
 BPE, character coverage 0.999, byte fallback, digits split singly, `nmt_nfkc` normalisation, no dummy prefix; ids:
 pad 0, BOS 1, EOS 2, unknown 3. Normalisation collapses white space (a newline becomes a space) and drops it at the
 edges, so bits per byte count the bytes of the *decoded* text, which `decode_documents` gives back.
+
+A tokenizer whose ids 4 to 7 are the operators of CaseOps reads text through that transform, everywhere in this room.
+Its tokens' bytes are those of the original text, all white space within it included (niblick.data.sidecar).
 """
 
 import io
@@ -15,10 +18,12 @@ import numpy as np
 import sentencepiece
 import torch
 
+from niblick.data import caseops
 from niblick.data.errors import DataError
 from niblick.data.files import write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+FIRST_OPERATOR = 4  # of a CaseOps tokenizer: four ids, in the order of caseops.OPERATORS
 SMALLEST = 4 + 256  # the special pieces, and one for every byte
 SPACE = "\u2581"  # how SentencePiece spells a space
 MAX_SENTENCE_BYTES = 4192  # the trainer's default limit: it skips longer sentences without a word
@@ -59,20 +64,23 @@ def _short_lines(text: str) -> Iterator[str]:
         yield rest.decode()
 
 
-def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
+def train(documents: Iterable[str], vocab_size: int, path: str | Path, case_operators: bool = False) -> None:
     """Trains a tokenizer of exactly `vocab_size` pieces on the documents and writes it to `path`.
 
-    Deterministic: the same documents in the same order give the same file. DataError where the text supports fewer
-    pieces, needs more, or is empty.
+    case_operators: a CaseOps tokenizer, trained on the transformed text. Deterministic: the same documents in the same
+    order give the same file. DataError where the text supports fewer pieces, needs more, or is empty.
     """
-    if vocab_size < SMALLEST:
-        raise DataError(f"tokenizer: expected at least {SMALLEST} pieces (4 special, 256 bytes), found {vocab_size}")
+    operators = list(caseops.OPERATORS) if case_operators else []
+    smallest = SMALLEST + len(operators)
+    if vocab_size < smallest:
+        kinds = "4 special, 256 bytes" + (", 4 operators" if operators else "")
+        raise DataError(f"tokenizer: expected at least {smallest} pieces ({kinds}), found {vocab_size}")
     failures, model = [], io.BytesIO()
 
     def texts() -> Iterator[str]:
         try:
             for document in documents:
-                yield from sentences(clean(document))
+                yield from sentences(caseops.encode(clean(document)) if operators else clean(document))
         except Exception as error:  # the trainer would wrap it, with its stack, into a RuntimeError of its own
             failures.append(error)
             raise
@@ -85,6 +93,7 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
             vocab_size=vocab_size,
             character_coverage=0.999,
             byte_fallback=True,
+            user_defined_symbols=operators,
             split_digits=True,
             normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False,
@@ -151,16 +160,33 @@ def load(path: str | Path, vocab_size: int | None = None) -> sentencepiece.Sente
     return processor
 
 
+def has_case_operators(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether this is a CaseOps tokenizer: its ids from FIRST_OPERATOR on are the four operators."""
+    if processor.vocab_size() < SMALLEST + len(caseops.OPERATORS):
+        return False
+    return all(processor.id_to_piece(FIRST_OPERATOR + i) == piece for i, piece in enumerate(caseops.OPERATORS))
+
+
+def as_read(processor: sentencepiece.SentencePieceProcessor, text: str) -> str:
+    """The text as this tokenizer takes it: clean, and with case operators where it has them."""
+    return caseops.encode(clean(text)) if has_case_operators(processor) else clean(text)
+
+
+def id_dtype(processor: sentencepiece.SentencePieceProcessor) -> type[np.unsignedinteger]:
+    """uint16, or beyond 65,536 pieces uint32."""
+    return np.uint16 if processor.vocab_size() <= 2**16 else np.uint32
+
+
 def encode_document(processor: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
-    """BOS and the document's ids, uint16 or (beyond 65,536 pieces) uint32; no EOS. An empty document gives only BOS."""
-    dtype = np.uint16 if processor.vocab_size() <= 2**16 else np.uint32
-    return np.array([BOS, *processor.encode(clean(text))], dtype)
+    """BOS and the document's ids, of `id_dtype`; no EOS. An empty document gives only BOS."""
+    return np.array([BOS, *processor.encode(as_read(processor, text))], id_dtype(processor))
 
 
 def decode_documents(processor: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> bytes:
-    """The UTF-8 text of a token stream (n,), its documents (cut at BOS) end to end: the bytes the metric counts."""
+    """The UTF-8 text of a token stream (n,), its documents (cut at BOS) end to end, in its original case."""
     documents = np.split(tokens, np.flatnonzero(tokens == BOS))
-    return b"".join(processor.decode(document.tolist()).encode() for document in documents)
+    texts = (processor.decode(document.tolist()) for document in documents)
+    return b"".join((caseops.decode(text) if has_case_operators(processor) else text).encode() for text in texts)
 
 
 @dataclass(frozen=True)
@@ -177,7 +203,10 @@ class ByteTable:
 
     @classmethod
     def of(cls, processor: sentencepiece.SentencePieceProcessor) -> "ByteTable":
-        """The table of a SentencePiece tokenizer."""
+        """The table of a SentencePiece tokenizer. DataError for CaseOps: its operators stand for no text of their own,
+        and a table would count three bytes for each."""
+        if has_case_operators(processor):
+            raise DataError("bytes per token: expected a tokenizer of plain text, found one with case operators")
         ids = range(processor.vocab_size())
         boundary = [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids]
         base, lead = np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)

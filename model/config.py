@@ -260,6 +260,8 @@ class DataConfig:
     """`stdlib` (the interpreter's own library), a folder of text, a .jsonl[.gz|.xz] file, or a folder of shards."""
     tokenizer: str = ""
     """A ready SentencePiece model; empty: one is trained on the training documents (text) or found (shards)."""
+    caseops: bool = False
+    """Capitals as operators (PR #1729): the tokenizer is one with case operators; a ready one decides by itself."""
     loader: Literal["documents", "sequences", "stream"] = "documents"
     order: Literal["name", "compressible_first", "compressible_last"] = "name"
     held_out: float = 0.05

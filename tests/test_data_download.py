@@ -117,6 +117,13 @@ def test_everything_arrives_and_is_ready(hub, tmp_path):
     assert download(options(hub, tmp_path)) == paths and hub.gets == []
 
 
+def test_bytes_per_token_are_fetched_where_asked_for(hub, tmp_path):
+    hub.files["data/fineweb_val_bytes_000000.bin"] = hub.files["data/fineweb_val_000000.bin"]
+    assert not any("_bytes_" in path.name for path in download(options(hub, tmp_path, shards=0)))
+    fetched = download(options(hub, tmp_path, shards=0, val_bytes=True))
+    assert [path.name for path in fetched[1:]] == ["fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"]
+
+
 def test_a_broken_connection_is_resumed_where_it_broke(hub, tmp_path):
     hub.break_after[TRAIN] = 30_500
     download(options(hub, tmp_path))

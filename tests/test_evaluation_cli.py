@@ -14,7 +14,7 @@ from numerics import SCORE_NATS
 
 from niblick.artifact.container import write_artifact
 from niblick.artifact.quantize import quantize
-from niblick.data import shards, tokenizer
+from niblick.data import shards, sidecar, tokenizer
 from niblick.data.errors import DataError
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.windows import plain_windows
@@ -156,6 +156,32 @@ def test_bad_files_give_one_line_and_status_2(evaluate, folder, tmp_path, capsys
     assert "expected exactly one tokenizer *.model (or its path), found 0" in refused(artifact, "--data", str(tmp_path))
     shards.write_shard(tmp_path / "big_val_0.bin", np.array([3, 4, 5], np.uint16))
     assert "expected a document start" in refused(artifact, "--data", str(tmp_path), "--tokenizer", model)
+
+
+def test_case_operators_are_scored_over_the_original_bytes(evaluate, folder, tmp_path, capsys):
+    texts = ["The  BOGEY\n\nand the OpenPar", "an Eagle, a NIBLICK \ue004 é"]
+    tokenizer.train(texts * 20, V, tmp_path / "case.model", True)
+    processor = tokenizer.load(tmp_path / "case.model", V)
+    ids, counts = zip(*(sidecar.count_bytes(processor, text) for text in texts), strict=True)
+    shard, out = tmp_path / "case_val_000000.bin", tmp_path / "score.json"
+    shards.write_shard(shard, np.concatenate(ids))
+    words = [str(folder / "model.nbk"), "--data", str(tmp_path), "--device", "cpu", "--out", str(out)]
+    beside = sidecar.path_beside(shard)
+
+    def refused(message: str) -> None:
+        assert evaluate.command(words) == 2 and not out.exists()
+        error = capsys.readouterr().err
+        assert error.startswith(f"evaluate.py: {beside}: ") and error.count("\n") == 1 and message in error
+
+    refused("expected the byte counts of case_val_000000.bin, found no such file")
+    shards.write_shard(beside, np.concatenate(counts[::-1]))
+    refused("not the byte counts of these tokens")
+    tokenizer.train(texts * 20 + ["zebra"], V, tmp_path / "other", True)
+    sidecar.write(shard, np.concatenate(counts), tmp_path / "other")
+    refused("byte counts of another tokenizer")
+    sidecar.write(shard, np.concatenate(counts), tmp_path / "case.model")
+    assert evaluate.command(words) == 0
+    assert json.loads(out.read_text())["bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_cuda_without_a_card_is_refused(evaluate, folder, monkeypatch, capsys):

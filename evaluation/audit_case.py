@@ -74,14 +74,13 @@ def score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
 
 
 def make_stream(vocab_size: int, *, n: int = 96, bos_id: int = 1, seed: int = 0) -> np.ndarray:
-    """Tokens (n,) that make the usual levers act: passages that recur, so that n-gram tables have something to say, in
-    documents of several lengths. uint16, or uint32 beyond 65,536 ids."""
+    """Tokens (n,) that make the usual levers act: one passage of documents again and again, so that n-gram tables find
+    long contexts that recur, with a few tokens changed. uint16, or uint32 beyond 65,536 ids."""
     generator = np.random.default_rng(seed)
-    passage = generator.integers(0, vocab_size, 24)
-    passage[passage == bos_id] = (bos_id + 1) % vocab_size
+    words = np.delete(np.arange(vocab_size), bos_id)
+    passage = generator.choice(words, 25)
+    passage[[0, 5, 14]] = bos_id
     tokens = np.resize(passage, n)
-    changed = generator.random(n) < 0.05
-    tokens[changed] = generator.integers(0, vocab_size, changed.sum())
-    tokens[np.cumsum(generator.integers(6, 31, n))[:n].clip(max=n - 1)[: n // 20]] = bos_id
-    tokens[0] = bos_id
+    changed = generator.choice(np.arange(1, n), n // 40, replace=False)
+    tokens[changed] = generator.choice(words, len(changed))
     return tokens.astype(np.uint16 if vocab_size <= 2**16 else np.uint32)

@@ -80,17 +80,16 @@ def target_swap(case: Case) -> list[Finding]:
 
 
 def swap_positions(case: Case) -> list[int]:
-    """Targets spread over the stream, most of them late, where tables are full; the first after a document start, and
-    the last one."""
+    """The last target, the first of a document, and others, most of them late, where tables are full."""
     n = len(case.tokens)
     scored = np.flatnonzero(~np.isnan(case.losses))
     scored = scored[scored > 0]
     if not len(scored):
         raise NotChecked("no target is scored")
     after = np.flatnonzero(case.tokens[:-1] == case.bos_id) + 1
-    spread = n - 1 - (np.geomspace(1, n - 1, max(1, case.swaps - 1)) - 1).astype(int)
-    wanted = np.unique([*spread, after[len(after) // 2] if len(after) else 1])
-    return sorted({int(scored[np.abs(scored - position).argmin()]) for position in wanted})
+    spread = n - 1 - (np.geomspace(1, n - 1, case.swaps + 1) - 1).astype(int)
+    wanted = [int(scored[np.abs(scored - position).argmin()]) for position in (n - 1, after[len(after) // 2], *spread)]
+    return sorted(list(dict.fromkeys(wanted))[: case.swaps])
 
 
 def distribution_dump(case: Case) -> list[Finding]:

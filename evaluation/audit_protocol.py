@@ -18,6 +18,8 @@ Optional, as attributes or methods of the scorer:
     isolates_documents: bool              claimed: no score depends on another document
     ranked(tokens, n_ranks) -> float      sum of the losses when n_ranks processes share the work
     clock() -> [Interval]                 what the last call spent its time on
+    runs() -> [Run]                       the runs behind a submission
+    files: paths                          what a call may open: the artifact (the tokens are given)
 
 A log is the scorer's own word. So what it says is compared with the losses, and the tests that only look at how losses
 answer to changed tokens (T1, T2, T5, T11, T13) need none.
@@ -50,6 +52,15 @@ class Interval(NamedTuple):
     name: str
     seconds: float
     inside: bool = True
+
+
+class Run(NamedTuple):
+    """One seed: a hash of its resolved configuration, bits per byte by its log and as submitted."""
+
+    seed: int
+    configuration: str
+    logged: float
+    submitted: float
 
 
 class Scored(NamedTuple):

@@ -25,15 +25,17 @@ class NotChecked(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """A breach of `condition`, at a target (an index into the stream) where it has a place."""
+    """A breach of `condition`, at a target (an index into the stream) where it has a place; or, where it `warns`, what
+    the rules leave open."""
 
     condition: str
     evidence: str
     position: int | None = None
+    warns: bool = False
 
     def __str__(self) -> str:
         place = "" if self.position is None else f" at target {self.position}"
-        return f"{self.condition}{place}: {self.evidence}"
+        return f"{'warning, ' * self.warns}{self.condition}{place}: {self.evidence}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Report:
         for result in self.results:
             lines.append(f"{result.test:4}{result.title:30}{result.status}{result.note and f' ({result.note})'}")
             lines += [f"      {finding}" for finding in result.findings]
-        broken = sorted({finding.condition for finding in self.findings})
+        broken = sorted({finding.condition for finding in self.findings if not finding.warns})
         lines += [f"{name}, broken: {CONDITIONS[name]}" for name in broken]
         verdict = f"refuted by {', '.join(self.refuted)}" if broken else "nothing found"
         unchecked = [result.test for result in self.results if result.status == "not checked"]
@@ -84,4 +86,5 @@ def run_test(test: str, title: str, function: Callable[..., list[Finding]], *arg
         findings = function(*arguments)
     except NotChecked as reason:
         return Result(test, title, "not checked", note=str(reason))
-    return Result(test, title, "refuted" if findings else "nothing found", findings)
+    refuted = any(not finding.warns for finding in findings)
+    return Result(test, title, "refuted" if refuted else "nothing found", findings)

@@ -6,7 +6,7 @@ scored so far. Every cheat differs from it in one thing.
 
 import numpy as np
 
-from niblick.evaluation.audit_protocol import Interval, Log, Total
+from niblick.evaluation.audit_protocol import Interval, Log, Run, Total
 
 V, BOS, CHUNK = 12, 1, 8
 
@@ -79,6 +79,9 @@ class Honest:
 
     def clock(self) -> list[Interval]:
         return [Interval("load", 20.0), Interval("score", 400.0), Interval("adapt", 150.0)]
+
+    def runs(self) -> list[Run]:
+        return [Run(seed, "ab12", 1.061 + seed / 1e4, round(1.061 + seed / 1e4, 4)) for seed in (0, 42, 99)]
 
 
 def decode(document: np.ndarray) -> bytes:
@@ -234,20 +237,17 @@ class ShortestFirst(Honest):
     """Documents are scored shortest first, each with counts of those before. No cheat by the content of documents; but
     where they end is looked at first."""
 
-    def documents(self, tokens):
-        starts = np.flatnonzero(tokens == BOS)
-        parts = np.split(np.arange(len(tokens)), starts[1:])
-        return [part[1:] if part[0] == 0 else part for part in parts]
-
     def chunks(self, tokens):
-        return sorted((part for part in self.documents(tokens) if len(part)), key=len)
+        """A document's targets are its tokens and the start of the next."""
+        starts = np.flatnonzero(tokens == BOS)
+        return sorted((part for part in np.split(np.arange(1, len(tokens)), starts[1:]) if len(part)), key=len)
 
 
 class HintsAndAdaptation(ShortestFirst):
     """The same, with the unigram counts of the documents before it in the corpus besides, scored or not."""
 
     def p(self, counts, tokens, target):
-        start = max(np.flatnonzero(tokens[: target + 1] == BOS))
+        start = max(np.flatnonzero(tokens[:target] == BOS))
         hints = np.bincount(tokens[:start], minlength=V)
         row = counts[tokens[target - 1]] + hints
         return row / row.sum()
@@ -285,3 +285,29 @@ class DumpsAnother(Honest):
 
     def distributions(self, tokens, positions):
         return np.full((len(positions), V), 1 / V)
+
+
+class ReadsATable(Honest):
+    """Training statistics in a file that is no part of the artifact."""
+
+    path = __file__
+
+    def __call__(self, tokens):
+        with open(self.path) as file:
+            file.read(1)
+        return super().__call__(tokens)
+
+
+class TwoSeeds(Honest):
+    def runs(self):
+        return [Run(0, "ab12", 1.06, 1.06), Run(1, "ab12", 1.06, 1.06), Run(1, "ab12", 1.061, 1.061)]
+
+
+class RoundsDown(Honest):
+    def runs(self):
+        return [run._replace(submitted=run.submitted - 1e-4) for run in super().runs()]
+
+
+class TwoConfigurations(Honest):
+    def runs(self):
+        return [run._replace(configuration=str(run.seed > 50)) for run in super().runs()]

@@ -43,22 +43,28 @@ CHEATS = {
     cheats.WarmsUpOnValidation: ("T12", "R2"),
     cheats.DeadLever: ("T14", "C3"),
     cheats.RankDependent: ("T15", "C4"),
+    cheats.ReadsATable: ("T7", "R1"),
+    cheats.TwoSeeds: ("T16", "R2"),
+    cheats.RoundsDown: ("T16", "R2"),
+    cheats.TwoConfigurations: ("T16", "R2"),
 }
 ALONE = (  # caught by that test and by no other
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
-    cheats.WrongByteTable, cheats.SlowClock, cheats.RankDependent,
+    cheats.WrongByteTable, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable, cheats.TwoSeeds,
+    cheats.RoundsDown, cheats.TwoConfigurations,
 )  # fmt: skip
 RIGHT_LOSSES = {
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
     cheats.WrongByteTable, cheats.SlowClock, cheats.WarmsUpOnValidation, cheats.DeadLever, cheats.RankDependent,
+    cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
 }  # fmt: skip
 
 
 def test_silent_on_an_honest_scorer():
     report = check(cheats.Honest())
     assert report.findings == [] and report.refuted == [], report.text()
-    assert {result.test for result in report.results if result.status == "not checked"} == {"T7", "T13", "T16"}
-    assert "nothing found; not checked: T7, T13, T16. An audit of samples" in report.text()
+    assert {result.test for result in report.results if result.status == "not checked"} == {"T13"}
+    assert "nothing found; not checked: T13. An audit of samples" in report.text()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -80,7 +86,9 @@ def test_cheat_is_caught_by_the_test_named_for_it(cheat):
 def test_wrong_losses_are_seen_without_a_word_of_the_scorer(cheat):
     scorer = cheat()
     report = check(lambda tokens: scorer(tokens))
-    assert {report[test].status for test in ("T3", "T4", "T6", "T8", "T10", "T12", "T14", "T15")} == {"not checked"}
+    assert {report[test].status for test in ("T3", "T4", "T6", "T8", "T10", "T12", "T14", "T15", "T16")} == {
+        "not checked"
+    }
     assert bool(report.refuted) == (cheat not in RIGHT_LOSSES), report.text()
 
 
@@ -105,6 +113,23 @@ def test_a_training_document_in_the_validation_stream_is_found():
     report = check(cheats.Honest(), train_documents=[*TRAIN, document])
     assert report.refuted == ["T9"]
     assert report.findings[0].evidence == "validation document 0 is training document 2; 1 are"
+
+
+def test_time_that_is_left_out_warns_and_does_not_refute(monkeypatch):
+    fast = [cheats.Interval("compile", 100.0, inside=False), cheats.Interval("score", 400.0)]
+    monkeypatch.setattr(cheats.Honest, "clock", lambda self: fast)
+    report = check(cheats.Honest())
+    assert report.refuted == [] and report["T10"].status == "nothing found" and "broken" not in report.text()
+    assert "warning, R1: outside the claimed time: compile 100.0 s" in report.text()
+
+
+def test_the_artifact_may_be_opened(tmp_path, monkeypatch):
+    (tmp_path / "artifact").write_text("x")
+    monkeypatch.setattr(cheats.ReadsATable, "path", str(tmp_path / "artifact"))
+    scorer = cheats.ReadsATable()
+    assert check(scorer)["T7"].findings[0].evidence == f"open {tmp_path}/artifact while scoring"
+    scorer.files = [tmp_path / "artifact"]
+    assert check(scorer).refuted == []
 
 
 def test_documents_across_shards():

@@ -33,6 +33,13 @@ class Case:
     def score(self, tokens: np.ndarray) -> np.ndarray:
         return score(self.scorer, tokens)
 
+    def difference(self, tokens: np.ndarray) -> np.ndarray:
+        """How far each loss (N,) is from this case's when `tokens` are scored, NaN where only one is scored."""
+        found = self.score(tokens)
+        with np.errstate(invalid="ignore"):
+            same = (found == self.losses) | (np.isnan(found) & np.isnan(self.losses))
+            return np.where(same, 0.0, np.abs(found - self.losses))
+
     def offered(self, name: str) -> object:
         """An optional part of the protocol. NotChecked where the scorer lacks it."""
         part = getattr(self.scorer, name, None)

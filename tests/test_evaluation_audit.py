@@ -9,8 +9,10 @@ import pytest
 
 from niblick.data.errors import DataError
 from niblick.evaluation import audit
-from niblick.evaluation.audit_case import make_stream
+from niblick.evaluation.audit_case import Case, make_stream
+from niblick.evaluation.audit_causal import _futures
 from niblick.evaluation.audit_protocol import Log
+from niblick.evaluation.audit_report import Finding
 
 V = cheats.V
 STREAM = make_stream(V, n=92, seed=3)  # a last chunk of three targets
@@ -172,6 +174,21 @@ SCRIPTS = {
         ),
         "T4 T5", "scored by state 2, which has used it; 1 targets are",
     ),
+    "a step without a score": (
+        lambda log, losses, targets: (
+            everything(log, losses, targets[:-1]), log.updated(targets[-1:], 0, 1),
+            everything(log, losses, targets[-1:]),
+        ),
+        "T4", "the step that makes state 1 uses it before its score; 1 targets are",
+    ),
+    "a target of another stream": (
+        lambda log, losses, targets: (everything(log, losses, targets), log.updated([92], 0, 1)),
+        "T4", "the log names target 92 of a stream of 92 tokens",
+    ),
+    "token 0": (
+        lambda log, losses, targets: (everything(log, losses, targets), log.scored([0], [np.nan])),
+        "T4 T5", "the log says nan nats",
+    ),
     "a target too few": (
         lambda log, losses, targets: log.scored(targets[:-1], losses[targets[:-1]]),
         "T5", "has a loss, but is scored 0 times in the log",
@@ -202,6 +219,52 @@ def test_a_log_of_a_step_that_has_no_part_in_later_scores_is_no_finding():
         log.scored(targets[50:], losses[targets[50:]], state=2)
 
     assert check(Scripted(script)).refuted == []
+
+
+@pytest.mark.parametrize(
+    ("change", "evidence"),
+    [
+        ({"nll": 1.0}, "the total is 1.000000 nats: the losses sum to"),
+        ({"n_targets": 90}, "the total is over 90 targets: the stream has 91"),
+        ({"n_bytes": 7}, "the total is over 7 bytes: the targets have"),
+    ],
+)
+def test_each_figure_of_the_total_is_compared(change, evidence, monkeypatch):
+    total = cheats.Honest().total(STREAM)._replace(**change)
+    monkeypatch.setattr(cheats.Honest, "total", lambda self, tokens: total)
+    report = check(cheats.Honest())
+    assert report.refuted == ["T5"] and [evidence in finding.evidence for finding in report.findings] == [True]
+
+
+def test_losses_that_are_none_are_found():
+    for wrong in (np.inf, -0.1):
+        losses = np.where(np.arange(len(STREAM)) == 40, wrong, 1.0)
+        report = check(lambda tokens, losses=losses: losses)
+        assert Finding("C2", f"its loss is {wrong}", 40) in report["T5"].findings
+
+
+def test_a_scorer_cannot_change_the_stream():
+    def vandal(tokens):
+        losses = cheats.Honest()(tokens)
+        tokens[:] = 1
+        return losses
+
+    before = STREAM.copy()
+    assert check(vandal).refuted == [] and (before == STREAM).all()
+
+
+def test_futures_change_what_they_say_and_keep_the_past():
+    case = Case(cheats.Honest(), STREAM, V, 1, np.zeros(len(STREAM)), None)
+    past, starts = np.arange(1, 32), STREAM == 1
+    futures = dict(_futures(case, np.random.default_rng(0), past))
+    for changed in futures.values():
+        assert (changed[:32] == STREAM[:32]).all() and changed.max() < V
+    words, ended, longer, later = futures.values()
+    assert ((words == 1) == starts).all() and (words != STREAM)[32:][~starts[32:]].all()
+    assert np.flatnonzero(ended != STREAM).tolist() == [32] and ended[32] == 1
+    end = int(np.flatnonzero(starts & (np.arange(len(STREAM)) > 31))[0])
+    assert np.flatnonzero(longer != STREAM).tolist() == [end]
+    assert (later[: end + 1] == STREAM[: end + 1]).all() and ((later == 1) != starts)[end + 1 :].any()
 
 
 @pytest.mark.parametrize(

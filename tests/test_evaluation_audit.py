@@ -1,6 +1,9 @@
 """The audit is silent on scorers that keep the rules, and each planted cheat is caught by the test named for it."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import audit_cheats as cheats
@@ -234,6 +237,40 @@ def test_each_figure_of_the_total_is_compared(change, evidence, monkeypatch):
     monkeypatch.setattr(cheats.Honest, "total", lambda self, tokens: total)
     report = check(cheats.Honest())
     assert report.refuted == ["T5"] and [evidence in finding.evidence for finding in report.findings] == [True]
+
+
+def test_a_change_that_is_not_declared_is_found(monkeypatch):
+    monkeypatch.setattr(cheats.Honest, "levers", ())
+    report = check(cheats.Honest())
+    assert report.refuted == ["T14"] and report.findings[0].evidence == "counts changes and is not declared"
+
+
+def test_warm_up_is_found_by_its_trace_and_by_its_tokens():
+    evidence = [finding.evidence for finding in check(cheats.WarmsUpOnValidation())["T12"].findings]
+    assert evidence == ["warm-up uses 8 validation tokens", "warm-up changes step"]
+
+
+@pytest.mark.parametrize("what", ["absent", "noise"])
+def test_an_artifact_is_compared_with_validation_absent_and_replaced(what, monkeypatch):
+    def artifact(self, validation):
+        other = validation is None if what == "absent" else validation is not None and (validation != STREAM).any()
+        return b"other" if other else b"same"
+
+    monkeypatch.setattr(cheats.Honest, "artifact", artifact)
+    report = check(cheats.Honest())
+    assert report.refuted == ["T6"] and what in report.findings[0].evidence and len(report.findings) == 1
+
+
+def test_another_process_and_the_network_are_seen():
+    def reaching(tokens):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+        with socket.socket() as connection:
+            connection.connect_ex(("127.0.0.1", 9))
+        return cheats.Honest()(tokens)
+
+    case = Case(reaching, STREAM, V, 1, np.zeros(len(STREAM)), None)
+    events = {finding.evidence.split()[0] for finding in audit.isolation(case)}
+    assert {"subprocess.Popen", "socket.connect"} <= events
 
 
 def test_losses_that_are_none_are_found():

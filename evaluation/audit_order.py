@@ -132,6 +132,8 @@ def warm_up_purity(case: Case) -> list[Finding]:
             findings.append(
                 Finding("R2", f"warm-up uses {len(event.targets)} validation tokens", _first(event.targets))
             )
+    if not findings and not getattr(case.scorer, "warms_up", True):
+        raise NotChecked("the scorer has no warm-up")
     if getattr(case.scorer, "state", None) is None and not findings:
         raise NotChecked("the scorer offers no state" + (", only a log" if case.log else ""))
     if getattr(case.scorer, "state", None) is not None:

@@ -16,6 +16,8 @@ from niblick.model.gpt import GPT
 class ModelScorer:
     """A model under a method of evaluation; what is offered is in audit_protocol. table: bytes per token."""
 
+    warms_up = False
+
     def __init__(self, model: GPT, config: EvalConfig, *, tilt: bool = False, table: ByteTable | None = None) -> None:
         self.model, self.config, self.tilt, self.table, self.log = model, config, tilt, table, Log()
         if table is None:

@@ -14,6 +14,7 @@ Optional, as attributes or methods of the scorer:
                                           (N,) or None where there are none
     state(stage, tokens) -> {name: array} parameters, optimizer and random state, after the stage "loaded", "warm"
                                           (ready to score `tokens`) or "scored"
+    warms_up: bool                        False: nothing lies between "loaded" and "warm"
     levers: names                         entries of the state that are said to be trained while scoring
     isolates_documents: bool              claimed: no score depends on another document
     ranked(tokens, n_ranks) -> float      sum of the losses when n_ranks processes share the work

@@ -17,6 +17,8 @@ from niblick.data import shards, tokenizer
 from niblick.data.errors import DataError
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.evaluation.windows import plain_windows
+from niblick.kernels.int6_linear import int6_linear_ref
+from niblick.model import gpt
 from niblick.model.config import ArtifactConfig, EvalConfig, GPTConfig
 from niblick.model.gpt import GPT
 
@@ -84,7 +86,8 @@ def test_prints_and_writes_the_score(evaluate, folder, tmp_path, capsys):
     assert f"{result['bits_per_byte']:.6f}" in shown and "44" in shown
 
 
-def test_tail_and_weights_reach_the_scorer(evaluate, folder, tmp_path):
+def test_tail_and_weights_reach_the_scorer(evaluate, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "int6_linear", int6_linear_ref)  # interpreted, the kernel takes a minute here
     out = tmp_path / "score.json"
     more = ["--tail", "drop", "--weights", "packed", "--sequence-length", "8", "--max-tokens", "15", "--out", str(out)]
     assert evaluate.command(options(folder, *more)) == 0

@@ -252,8 +252,9 @@ def test_jobs_run_beside_the_body_and_their_errors_come_after_it() -> None:
         pass
     with alongside([lack]):
         pass
+    before = threading.active_count()  # the test runner may have threads of its own
     with alongside([]):
-        assert threading.active_count() == 1
+        assert threading.active_count() == before
 
 
 def test_jobs_find_the_device_of_their_rank_current(monkeypatch) -> None:

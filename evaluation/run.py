@@ -14,7 +14,7 @@ from niblick.data.errors import DataError
 from niblick.data.shards import check_ids, first_bos, read_shard
 from niblick.evaluation.hints import token_hints
 from niblick.evaluation.score import Score, score
-from niblick.evaluation.windows import plain_windows, rows_kept, sliding_windows
+from niblick.evaluation.windows import Window, plain_windows, rows_kept, sliding_windows
 from niblick.model.config import EvalConfig, TiltVersion
 from niblick.model.gpt import GPT
 
@@ -61,20 +61,17 @@ def evaluate_model(
     *,
     tilt: TiltVersion | None = None,
     progress: Callable[[int, int], None] | None = None,
+    record: Callable[[np.ndarray, np.ndarray], object] | None = None,
 ) -> Score:
     """Score every target once; the seconds are those of everything done here, the hints of `tilt` included.
 
     tilt: the version of the n-gram hints, made on the model's device; None: no hints.
 
-    `progress` is called with the targets scored so far and all of them. ConfigError for sizes that leave no
-    target, or a stream that hints refuse.
+    `progress` and `record` are called as in `score`. ConfigError for sizes that leave no target, or a stream that hints
+    refuse.
     """
     began = time.perf_counter()
-    n_rows = rows_kept(len(data.tokens), config.sequence_length, config.tail)
-    if config.method == "plain":
-        windows = plain_windows(n_rows, config.sequence_length)
-    else:
-        windows = sliding_windows(n_rows, config.sequence_length, config.stride)
+    windows = windows_of(config, len(data.tokens))
     result = score(
         model,
         data.tokens,
@@ -83,5 +80,14 @@ def evaluate_model(
         tokens_per_batch=config.tokens_per_batch,
         hints=token_hints(data.tokens, tilt, device=model.embedding.device) if tilt else None,
         progress=progress,
+        record=record,
     )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def windows_of(config: EvalConfig, n_tokens: int) -> list[Window]:
+    """The method's windows for a stream of n_tokens."""
+    n_rows = rows_kept(n_tokens, config.sequence_length, config.tail)
+    if config.method == "plain":
+        return plain_windows(n_rows, config.sequence_length)
+    return sliding_windows(n_rows, config.sequence_length, config.stride)

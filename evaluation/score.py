@@ -70,12 +70,14 @@ def score(
     tokens_per_batch: int,
     hints: Hints | None = None,
     progress: Callable[[int, int], None] | None = None,
+    record: Callable[[np.ndarray, np.ndarray], object] | None = None,
 ) -> Score:
     """Score the targets of `windows` with the looped model, in eval mode.
 
     tokens (N,) of an integer type and byte_counts (N,): bytes that each token stands for. A forward takes as many
     windows as fit in tokens_per_batch, at least one. `progress` is called with the targets scored so far and all of
-    them. Sums are in float64 on the device.
+    them, `record` with the targets of each forward, int64, and their losses, float32. Sums are in float64, on the
+    device.
 
     ConfigError for no window, or hints for a model with two softcaps.
     """
@@ -90,11 +92,14 @@ def score(
     try:
         for batch in _batches(windows, tokens_per_batch):
             packed = pack(tokens, batch, model.config)
-            nll += token_nll(model, packed, tokens, hints).double().sum()
+            losses = token_nll(model, packed, tokens, hints)
+            nll += losses.double().sum()
             n_targets += len(packed.targets)
             n_bytes += int(byte_counts[packed.targets].sum(dtype=np.int64))
             if progress:
                 progress(n_targets, total)
+            if record:
+                record(packed.targets, losses.cpu().numpy())
     finally:
         model.train(was_training)
     return Score(nll.item(), n_targets, n_bytes, time.perf_counter() - began)

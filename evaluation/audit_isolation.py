@@ -1,0 +1,64 @@
+"""T7: what a scorer reaches for while it scores."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from niblick.evaluation.audit_case import Case
+from niblick.evaluation.audit_report import Finding
+
+REACHES_OUT = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system", "os.posix_spawn")
+_seen: list[list[tuple[str, str]]] = []
+_installed: list[bool] = []
+
+
+def isolation(case: Case) -> list[Finding]:
+    """T7. A call opens no file but the artifact's, and neither the network nor another process.
+
+    The interpreter tells of every `open` and connection. It does not tell of what was read before the call, nor of what
+    compiled code opens by itself; for those, run the evaluation where the files and the network are not.
+    """
+    allowed = {os.path.realpath(path) for path in getattr(case.scorer, "files", ())}
+    with _watched() as events:
+        case.score(case.tokens)
+    findings = []
+    for event, what in dict.fromkeys(events):
+        if event == "open" and (os.path.realpath(what) in allowed or _is_of_python(what)):
+            continue
+        findings.append(Finding("R1", f"{event} {what} while scoring"))
+    return findings[:5]
+
+
+def _is_of_python(path: str) -> bool:
+    """Code of the interpreter or of a library, loaded when first needed, or what the system shows of itself. Code that
+    lies elsewhere counts towards the artifact, as all data do."""
+    resolved = Path(os.path.realpath(path))
+    if any(resolved.is_relative_to(root) for root in ("/proc", "/sys", "/dev")):
+        return True
+    roots = {os.path.realpath(root) for root in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())}
+    return resolved.suffix in (".py", ".pyc", ".so") and any(resolved.is_relative_to(root) for root in roots)
+
+
+@contextmanager
+def _watched() -> Iterator[list[tuple[str, str]]]:
+    if not _installed:  # a hook cannot be taken away again
+        sys.addaudithook(_hook)
+        _installed.append(True)
+    events: list[tuple[str, str]] = []
+    _seen.append(events)
+    try:
+        yield events
+    finally:
+        _seen.remove(events)
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if not _seen:
+        return
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        _seen[-1].append((event, os.fsdecode(arguments[0])))
+    elif event in REACHES_OUT:
+        _seen[-1].append((event, " ".join(str(part) for part in arguments[-2:])))

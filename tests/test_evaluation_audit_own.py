@@ -1,0 +1,156 @@
+"""The audit on this package's own methods: silent as they are, and not where one of them is broken."""
+
+import numpy as np
+import pytest
+
+from niblick.data import shards, tokenizer
+from niblick.data.tokenizer import ByteTable
+from niblick.evaluation import audit, hints
+from niblick.evaluation import run as run_module
+from niblick.evaluation import score as score_module
+from niblick.evaluation.audit_case import make_stream
+from niblick.evaluation.audit_own import ModelScorer, tiny_model
+from niblick.kernels.ngram_tilt import ngram_tilt_ref
+from niblick.kernels.softcapped_ce import softcapped_ce_ref
+from niblick.model.config import EvalConfig
+
+V = 12
+STREAM = make_stream(V, n=82, seed=1)
+SLIDING = EvalConfig(method="sliding", sequence_length=16, stride=8, tokens_per_batch=40)
+PLAIN = EvalConfig(sequence_length=16, tokens_per_batch=40)
+ROWS = {"attention_span": "rows", "smear": "window"}
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    """The kernels, interpreted, take a second a call, and have tests of their own."""
+    monkeypatch.setattr(score_module, "softcapped_ce", softcapped_ce_ref)
+    monkeypatch.setattr(score_module, "ngram_tilt", ngram_tilt_ref)
+
+
+def scorer(config=PLAIN, *, tilt=None, table=None, **options) -> ModelScorer:
+    model = tiny_model(V, num_layers=3, loop_end=1, parallel_start=2, xsa_last_layers=3, mlp_hidden=64, **options)
+    return ModelScorer(model, config, tilt=tilt, table=table)
+
+
+def check(scorer, **options) -> audit.Report:
+    return audit.check(scorer, STREAM, vocab_size=V, cuts=5, swaps=3, **options)
+
+
+@pytest.mark.parametrize("tilt", [None, "B"], ids=["", "tilt"])
+@pytest.mark.parametrize("options", [{}, ROWS], ids=["documents", "rows"])
+@pytest.mark.parametrize("config", [PLAIN, SLIDING], ids=["plain", "sliding"])
+def test_silent_on_our_methods(config, options, tilt):
+    if tilt:
+        hinted = hints.token_hints(STREAM).tokens >= 0
+        assert hinted.sum() > 3, "a stream without hints tests nothing"
+    report = check(scorer(config, tilt=tilt, **options))
+    assert report.refuted == [], report.text()
+    isolated = not options and not tilt
+    checked = {"T0", "T1", "T2", "T3", "T4", "T5", "T7", "T11", "T14"} | ({"T13"} if isolated else set())
+    assert {result.test for result in report.results if result.status == "nothing found"} == checked
+
+
+def test_a_smear_gate_that_reads_across_documents_is_seen_where_isolation_is_claimed():
+    leaky = scorer(smear_bos_mask=False)
+    assert not leaky.isolates_documents and check(leaky)["T13"].status == "not checked"
+    leaky.isolates_documents = True
+    report = check(leaky)
+    assert report.refuted == ["T13"] and STREAM[report.findings[0].position - 1] == 1, report.text()
+
+
+def test_a_tail_that_is_dropped_is_seen():
+    report = check(scorer(EvalConfig(sequence_length=16, tokens_per_batch=40, tail="drop")))
+    assert report.refuted == ["T5"] and report.findings[0].evidence == "1 of 81 targets are not scored"
+
+
+def test_hints_that_know_their_target_are_seen(monkeypatch):
+    """The published fault: a hint is emitted only where the target can be what it hints at."""
+
+    def gated(tokens, *_, **__):
+        found = hints.token_hints(tokens)
+        return hints.Hints(np.where(found.tokens % 2 == tokens % 2, found.tokens, -1), found.betas)
+
+    monkeypatch.setattr(run_module, "token_hints", gated)
+    report = audit.check(scorer(tilt="B"), STREAM, vocab_size=V, cuts=2, swaps=6)
+    assert "T2" in report.refuted and "T1" not in report.refuted, report.text()
+
+
+def test_hints_of_a_second_pass_are_seen(monkeypatch):
+    def whole_stream(tokens, *_, **__):
+        return hints.Hints(*(part[len(tokens) :] for part in hints.token_hints(np.concatenate([tokens, tokens]))))
+
+    monkeypatch.setattr(run_module, "token_hints", whole_stream)
+    report = check(scorer(tilt="B"))
+    assert {"T2", "T3"} <= set(report.refuted), report.text()
+
+
+def test_windows_scored_twice_are_seen(monkeypatch):
+    windows_of = run_module.windows_of
+    monkeypatch.setattr(run_module, "windows_of", lambda *a: [*windows_of(*a), windows_of(*a)[-1]])
+    report = check(scorer())
+    assert report.refuted == ["T5"] and "scored 2 times; 1 targets are" in report.findings[0].evidence
+
+
+def test_a_model_that_learns_while_it_is_scored_is_seen(monkeypatch):
+    """No log tells of it; the second call starts from other parameters."""
+    token_nll = score_module.token_nll
+
+    def learning(model, *arguments):
+        losses = token_nll(model, *arguments)
+        model.embedding.data *= 1.01
+        return losses
+
+    monkeypatch.setattr(score_module, "token_nll", learning)
+    report = check(scorer())
+    assert {"T0", "T14"} <= set(report.refuted), report.text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A shard of each side and their tokenizer."""
+    folder = tmp_path_factory.mktemp("audit")
+    words = np.random.default_rng(0).choice(["bogey", "par", "eagle", "niblick", "mashie", "spoon", "é"], (40, 12))
+    texts = [" ".join(row) for row in words]
+    tokenizer.train(texts, 300, folder / "tokenizer.model")
+    processor = tokenizer.load(folder / "tokenizer.model")
+    documents = [tokenizer.encode_document(processor, text) for text in [*texts[:8], "ß" + texts[8]]]
+    shards.write_shard(folder / "toy_val_000000.bin", np.concatenate([documents[8], *documents[:4]]))
+    shards.write_shard(folder / "toy_train_000000.bin", np.concatenate(documents[4:8]))
+    return folder
+
+
+def text_stream(folder):
+    processor = tokenizer.load(folder / "tokenizer.model")
+    stream = np.concatenate([shards.read_shard(path) for path in shards.find_shards(folder, "val")])
+    return processor, stream
+
+
+def test_bytes_of_real_text(folder):
+    processor, stream = text_stream(folder)
+    ends = np.flatnonzero(stream == 1)
+    stream = stream[: ends[3] + 1]
+    mine = ModelScorer(tiny_model(300, num_layers=3, loop_end=1, parallel_start=2, xsa_last_layers=3), PLAIN)
+
+    def bytes_found(table):
+        mine.table = table
+        mine.byte_counts = ModelScorer.byte_counts.__get__(mine)
+        losses = np.zeros(len(stream))
+        case = audit.Case(
+            mine, stream, 300, 1, losses, None, decode=lambda ids: tokenizer.decode_documents(processor, ids)
+        )
+        return audit.audit_claims.byte_audit(case)
+
+    right = ByteTable.of(processor)
+    assert bytes_found(right) == []
+    spelled = ByteTable(np.where(right.base == 1, 6, right.base), right.lead, right.boundary)  # "<0xE2>" by its letters
+    unmarked = ByteTable(right.base, right.lead & False, right.boundary)
+    for wrong in (spelled, unmarked):
+        assert bytes_found(wrong)[0].condition == "R2"
+
+
+def test_command_on_a_folder(folder, capsys):
+    words = ["plain", "--data", str(folder), "--n-tokens", "40", "--cuts", "2", "--swaps", "1"]
+    assert audit.command(words) == 0
+    text = capsys.readouterr().out
+    assert all(f"{test}{what:30}nothing found" in text for test, what in (("T8  ", "bytes"), ("T9  ", "split")))

@@ -38,7 +38,7 @@ from niblick.data import tokenizer as tokenizers
 from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_bits_per_byte
 from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.errors import DataError
-from niblick.data.prepare import Prepared, prepare
+from niblick.data.prepare import Prepared, prepare_cached
 from niblick.data.shards import count_tokens
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import attention_version, choose_attention
@@ -98,23 +98,9 @@ def join(preset: Preset) -> Launch:
 
 def prepare_data(preset: Preset, here: Launch) -> Prepared:
     """Rank 0 prepares while the others wait; then all read the same folder."""
-    data = preset.data
-    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens, data.caseops)
-    key = hashlib.sha256(repr((*settings, preset.model.vocab_size)).encode()).hexdigest()[:8]
-    folder = Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}"
 
     def run() -> Prepared:
-        return prepare(
-            data.source,
-            folder,
-            vocab_size=preset.model.vocab_size,
-            tokenizer=data.tokenizer or None,
-            shard_tokens=data.shard_tokens,
-            held_out=data.held_out,
-            order=data.order,
-            max_val_tokens=data.max_val_tokens or None,
-            caseops=data.caseops,
-        )
+        return prepare_cached(preset.data, preset.model.vocab_size)
 
     prepared = run() if here.world_size == 1 else prepare_once(run, here.rank)
     files = {f"data file {path.name}": f"{path.stat().st_size} bytes" for path in (*prepared.train, *prepared.val)}
@@ -140,20 +126,19 @@ def prepare_once(run: Callable[[], Prepared], rank: int) -> Prepared:
 
 
 def make_loader(preset: Preset, prepared: Prepared, here: Launch, cursor: dict | None):
-    model, data = preset.model, preset.data
-    options = dict(
+    return loaders.open_loader(
+        preset.data.loader,
+        prepared.train,
+        preset.batch.tokens_per_micro_step,
+        bos_id=preset.model.bos_id,
+        max_segment=preset.model.max_segment,
         rank=here.rank,
         world_size=here.world_size,
-        prefetch=data.prefetch,
-        vocab_size=model.vocab_size,
+        prefetch=preset.data.prefetch,
+        vocab_size=preset.model.vocab_size,
         pin_memory=here.device.type == "cuda",
         cursor=cursor,
     )
-    n = preset.batch.tokens_per_micro_step
-    if data.loader == "documents":
-        return loaders.DocumentLoader(prepared.train, n, bos_id=model.bos_id, max_document=model.max_segment, **options)
-    kind = loaders.SequenceLoader if data.loader == "sequences" else loaders.StreamLoader
-    return kind(prepared.train, n, sequence_length=model.max_segment, **options)
 
 
 # ---- the job -------------------------------------------------------------------------------------------------------

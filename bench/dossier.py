@@ -26,18 +26,17 @@ from niblick.bench.workload import (
     compiling_many,
     make_trainer,
     named_preset,
-    obey_determinism,
     open_loader,
-    prepare_data,
     require_device,
     require_same_batches,
     with_settings,
 )
 from niblick.data.command_line import guarded, parse
 from niblick.data.loaders import Batch
-from niblick.data.prepare import Prepared
+from niblick.data.prepare import Prepared, prepare_cached
 from niblick.model.config import ConfigError, Preset
 from niblick.model.errors import TrainingStopped
+from niblick.model.launch import be_deterministic
 from niblick.model.schedule import lr_factor, momentum
 from niblick.model.training import Trainer
 
@@ -195,12 +194,13 @@ def main(words: list[str]) -> None:
         "B": chosen(arguments, arguments.b, arguments.b_set),
     }
     require_same_batches(*presets.values())
-    obey_determinism(presets["A"])
+    if presets["A"].run.deterministic:
+        be_deterministic()
     if arguments.out.exists() and not (arguments.out.is_dir() and not any(arguments.out.iterdir())):
         raise ConfigError(f"--out {arguments.out}: expected a new or empty folder")
     if device.type == "cpu":
         print("On a CPU, in eager: the losses count, the times say nothing about a GPU.", flush=True)
-    prepared = prepare_data(presets["A"])
+    prepared = prepare_cached(presets["A"].data, presets["A"].model.vocab_size)
     with compiling_many():
         runs = train_both(presets, arguments, prepared, device)
         facts = results_file.start_record(device, attention=attention_of(presets["A"], device))

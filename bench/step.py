@@ -31,10 +31,8 @@ from niblick.bench.workload import (
     compiling_many,
     default_preset,
     named_preset,
-    obey_determinism,
     one_micro_step,
     open_loader,
-    prepare_data,
     require_device,
     require_same_batches,
     synthetic_batches,
@@ -42,8 +40,10 @@ from niblick.bench.workload import (
 )
 from niblick.data.command_line import guarded, parse
 from niblick.data.loaders import Batch
+from niblick.data.prepare import prepare_cached
 from niblick.model.config import ConfigError, Preset
 from niblick.model.errors import TrainingStopped
+from niblick.model.launch import be_deterministic
 from niblick.model.training import Trainer
 
 BATCHES_KEPT = 32
@@ -127,7 +127,8 @@ def run(arguments: Arguments, name: str, whole: dict[str, Preset], device: torch
         for label, preset in whole.items()
     }
     require_same_batches(*presets.values())
-    obey_determinism(presets[A])
+    if presets[A].run.deterministic:
+        be_deterministic()
     out = arguments.out or (results_file.default_path("step", device) if device.type == "cuda" else None)
     if out and rank == 0:
         results_file.append(out, [])  # one that cannot be written is refused before anything is measured
@@ -170,10 +171,11 @@ def sources(
     words = (f"data.source={arguments.data}", f"data.tokenizer={arguments.tokenizer}")
     preset = with_settings(preset, words)
     if rank == 0:
-        prepare_data(preset)  # the others find it ready
+        prepare_cached(preset.data, preset.model.vocab_size)  # the others find it ready
     if ranks > 1:
         dist.barrier()
-    with open_loader(preset, prepare_data(preset), device, rank, ranks) as loader:
+    prepared = prepare_cached(preset.data, preset.model.vocab_size)
+    with open_loader(preset, prepared, device, rank, ranks) as loader:
         yield list(islice(loader, BATCHES_KEPT)), loader
 
 

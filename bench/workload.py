@@ -1,9 +1,7 @@
 """The step that the bench measures: a preset with settings laid over it, batches, a trainer, and taking turns."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import get_type_hints
 from unittest.mock import patch
 
@@ -13,7 +11,7 @@ import torch
 from niblick.data import loaders
 from niblick.data.command_line import nearest, parse
 from niblick.data.loaders import Batch, document_starts, row_starts
-from niblick.data.prepare import Prepared, prepare
+from niblick.data.prepare import Prepared
 from niblick.model.attention import attention_version, choose_attention
 from niblick.model.config import ConfigError, Preset
 from niblick.model.gpt import GPT
@@ -37,13 +35,6 @@ def require_device(name: str, purpose: str) -> torch.device:
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     return torch.device(name)
-
-
-def obey_determinism(preset: Preset) -> None:
-    """As train.py does for run.deterministic; for the whole process."""
-    if preset.run.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def default_preset(device: str) -> str:
@@ -126,32 +117,20 @@ def synthetic_batches(preset: Preset, device: torch.device, seed: int = 0) -> li
     return batches
 
 
-def prepare_data(preset: Preset) -> Prepared:
-    """Tokenizer and shards of `preset.data`, in the folder where train.py has them."""
-    data = preset.data
-    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens)
-    key = hashlib.sha256(repr((*settings, preset.model.vocab_size)).encode()).hexdigest()[:8]
-    return prepare(
-        data.source,
-        Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}",
-        vocab_size=preset.model.vocab_size,
-        tokenizer=data.tokenizer or None,
-        shard_tokens=data.shard_tokens,
-        held_out=data.held_out,
-        order=data.order,
-        max_val_tokens=data.max_val_tokens or None,
-    )
-
-
 def open_loader(preset: Preset, prepared: Prepared, device: torch.device, rank: int = 0, world_size: int = 1):
     """The preset's loader from its first batch on; a context manager."""
-    model, n = preset.model, preset.batch.tokens_per_micro_step
-    options = {"rank": rank, "world_size": world_size, "prefetch": preset.data.prefetch}
-    options |= {"vocab_size": model.vocab_size, "pin_memory": device.type == "cuda"}
-    if preset.data.loader == "documents":
-        return loaders.DocumentLoader(prepared.train, n, bos_id=model.bos_id, max_document=model.max_segment, **options)
-    kind = loaders.SequenceLoader if preset.data.loader == "sequences" else loaders.StreamLoader
-    return kind(prepared.train, n, sequence_length=model.max_segment, **options)
+    return loaders.open_loader(
+        preset.data.loader,
+        prepared.train,
+        preset.batch.tokens_per_micro_step,
+        bos_id=preset.model.bos_id,
+        max_segment=preset.model.max_segment,
+        rank=rank,
+        world_size=world_size,
+        prefetch=preset.data.prefetch,
+        vocab_size=preset.model.vocab_size,
+        pin_memory=device.type == "cuda",
+    )
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -159,7 +138,7 @@ def open_loader(preset: Preset, prepared: Prepared, device: torch.device, rank: 
 
 def make_trainer(preset: Preset, device: torch.device, compile: bool, world_size: int = 1) -> Trainer:
     dtype, fp8 = choose_precision(preset.run.precision, device)
-    _, attend = choose_attention(preset.model.attention, device, dtype)
+    _, attend = choose_attention(preset.model.attention, device, dtype, preset.run.deterministic)
     model = GPT(preset.model, seed=preset.run.seed, dtype=dtype, fp8=fp8).to(device)
     model.attend = attend
     return Trainer(model, preset, device, world_size, compile)

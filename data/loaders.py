@@ -6,7 +6,7 @@ into rows (`StreamLoader`). All read memory-mapped shards, so the ranks of a hos
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -294,6 +294,16 @@ class StreamLoader(_RowLoader):
             position += len(part)
             length -= len(part)
         return np.concatenate(parts)
+
+
+def open_loader(
+    kind: str, paths: Sequence[Path], n_tokens: int, *, bos_id: int, max_segment: int, **options: object
+) -> _Loader:
+    """The loader that `data.loader` names: documents, sequences or stream; a context manager over its batches."""
+    if kind == "documents":
+        return DocumentLoader(paths, n_tokens, bos_id=bos_id, max_document=max_segment, **options)
+    rows = {"sequences": SequenceLoader, "stream": StreamLoader}[kind]
+    return rows(paths, n_tokens, sequence_length=max_segment, **options)
 
 
 def _index_of(paths: list[Path], name: int | str) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -57,6 +58,36 @@ class _Stream:
 
     tokens: np.ndarray
     counts: np.ndarray | None
+
+
+class DataSettings(Protocol):
+    """What decides a run's data; the model's DataConfig has it."""
+
+    source: str
+    tokenizer: str
+    caseops: bool
+    order: str
+    held_out: float
+    max_val_tokens: int
+    shard_tokens: int
+    cache: str
+
+
+def prepare_cached(data: DataSettings, vocab_size: int) -> Prepared:
+    """`prepare` into the folder of `data.cache` that belongs to these settings: one for training and for the bench."""
+    settings = (data.source, data.tokenizer, data.held_out, data.shard_tokens, data.max_val_tokens, data.caseops)
+    key = hashlib.sha256(repr((*settings, vocab_size)).encode()).hexdigest()[:8]
+    return prepare(
+        data.source,
+        Path(data.cache) / f"{Path(data.source).name.split('.')[0]}-{key}",
+        vocab_size=vocab_size,
+        tokenizer=data.tokenizer or None,
+        shard_tokens=data.shard_tokens,
+        held_out=data.held_out,
+        order=data.order,
+        max_val_tokens=data.max_val_tokens or None,
+        caseops=data.caseops,
+    )
 
 
 def prepare(

@@ -41,7 +41,7 @@ def byte_audit(case: Case) -> list[Finding]:
     A last document that no other follows may be cut in mid-character, and is left out.
     """
     if case.decode is None:
-        raise NotChecked("no tokenizer was given")
+        raise NotChecked("no tokenizer without case operators was given; for those see niblick.data.byte_audit")
     counts = np.asarray(case.offered("byte_counts")(case.tokens.copy()), np.int64)
     starts = np.flatnonzero(case.tokens == case.bos_id)
     if len(starts) < 2:

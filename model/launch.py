@@ -34,8 +34,7 @@ def launch(preset: Preset, rank: int, local_rank: int, world_size: int) -> Launc
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if run.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+        be_deterministic()
     if world_size > 1:
         patience = timedelta(hours=2)  # preparing a large text may take rank 0 longer than the usual ten minutes
         dist.init_process_group(
@@ -47,6 +46,12 @@ def launch(preset: Preset, rank: int, local_rank: int, world_size: int) -> Launc
         )
     compile = run.compile == "on" or (run.compile == "auto" and cuda)
     return Launch(rank, world_size, device, dtype, fp8, compile)
+
+
+def be_deterministic() -> None:
+    """For the whole process, and for good."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

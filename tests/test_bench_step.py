@@ -446,7 +446,7 @@ def test_fresh_weights_and_a_real_loader(tiny: Preset, tmp_path: Path, monkeypat
         def __exit__(self, *exception) -> None:
             pass
 
-    monkeypatch.setattr(step, "prepare_data", lambda preset: None)
+    monkeypatch.setattr(step, "prepare_cached", lambda data, vocab_size: None)
     monkeypatch.setattr(step, "open_loader", lambda preset, prepared, *place: Loader(preset, *place))
     status, records = run(tmp_path / "a.jsonl", "--data", "somewhere")
     assert status == 0 and opened == [("somewhere", (0, 1))] and records[0]["data"] == "somewhere"
@@ -484,3 +484,19 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys) -> None:
     assert step.command([*words, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
+
+
+def test_the_measured_step_is_as_deterministic_as_the_preset(monkeypatch) -> None:
+    asked = []
+    choose = workload.choose_attention
+
+    def note(name, device, dtype, deterministic=False):
+        asked.append(deterministic)
+        return choose(name, device, dtype, deterministic)
+
+    monkeypatch.setattr(workload, "choose_attention", note)
+    preset = workload.one_micro_step(PRESETS["demo"], 64, "auto", "cpu")
+    for deterministic in (False, True):
+        preset = replace(preset, run=replace(preset.run, deterministic=deterministic))
+        workload.make_trainer(preset, torch.device("cpu"), compile=False)
+    assert asked == [False, True]

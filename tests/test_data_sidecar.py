@@ -1,6 +1,7 @@
 """Bytes per token under CaseOps: as defined on the pieces' surfaces, kept beside the shards, refused where wrong."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from niblick.data import tokenizer as tokenizers
 from niblick.data.command_line import guarded
 from niblick.data.errors import DataError
 from niblick.evaluation.run import ValidationSet
+from niblick.model.config import DataConfig
 
 one_line = r"[^\n]*\Z"
 SIZE = 330
@@ -301,3 +303,16 @@ def test_audit_knows_the_published_totals(source, tmp_path, monkeypatch, capsys)
         said = capsys.readouterr()
         if status:
             assert said.err.count("\n") == 1 and f"expected the published {total} bytes" in said.err
+
+
+def test_every_setting_of_the_data_reaches_its_folder(tmp_path, monkeypatch):
+    """Training and the bench share the folder, so each setting must decide it or be handed on."""
+    calls = []
+    monkeypatch.setattr(prepare, "prepare", lambda source, out, **settings: calls.append((out, settings)))
+    data = DataConfig(cache=str(tmp_path))
+    prepare.prepare_cached(data, 512)
+    for change in ({"caseops": True}, {"held_out": 0.3}, {"shard_tokens": 77}, {"max_val_tokens": 9}):
+        prepare.prepare_cached(replace(data, **change), 512)
+        assert {name: calls[-1][1][name] for name in change} == change
+    prepare.prepare_cached(data, 513)
+    assert len({out for out, _ in calls}) == len(calls) and calls[0][0].parent == tmp_path

@@ -154,3 +154,18 @@ def test_command_on_a_folder(folder, capsys):
     assert audit.command(words) == 0
     text = capsys.readouterr().out
     assert all(f"{test}{what:30}nothing found" in text for test, what in (("T8  ", "bytes"), ("T9  ", "split")))
+
+
+def test_case_operators_are_not_taken_for_miscounted_bytes(tmp_path, capsys):
+    """The bytes of a CaseOps token are not those of the decoded text, so a foreign scorer that counts rightly would be
+    accused."""
+    texts = ["The Niblick of OLD Prestwick", "a SHORT and Precise Shot", "Eagle and BOGEY at the Spoon"] * 8
+    tokenizer.train(texts, 330, tmp_path / "tokenizer.model", case_operators=True)
+    processor = tokenizer.load(tmp_path / "tokenizer.model")
+    stream = np.concatenate([tokenizer.encode_document(processor, text) for text in texts[:4]])
+    shards.write_shard(tmp_path / "toy_val_000000.bin", stream)
+    words = ["plain", "--data", str(tmp_path), "--n-tokens", "40", "--cuts", "2", "--swaps", "1"]
+    assert audit.command(words) == 0
+    assert (
+        "T8  bytes                         not checked (no tokenizer without case operators" in capsys.readouterr().out
+    )

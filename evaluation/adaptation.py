@@ -32,7 +32,7 @@ def require_dense(model: GPT, method: str) -> None:
 
 @contextmanager
 def parameters_kept(model: GPT) -> Iterator[list[Tensor]]:
-    """All parameters may be trained inside. Yields copies of them; at the end they, and the mode, are what they were."""
+    """All parameters may be trained inside. Yields copies of them; at the end they and the mode are what they were."""
     start, was_training, trained = copy_parameters(model), model.training, [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     try:

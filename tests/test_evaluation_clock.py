@@ -86,6 +86,8 @@ def test_what_will_not_fit_is_said_as_soon_as_the_rate_is_known(now):
         work(clock, now, [10.0] + [1.2] * 999)
     assert clock.elapsed_s < 43, "the first piece, slow as first ones are, is not the rate"
     assert work(Clock(600.0, "refuse"), now, [10.0] + [0.5] * 999) == 1000
+    with pytest.raises(OverBudget, match=r"620.0 s have passed with 50.0% of the work done"):
+        work(Clock(600.0, "refuse"), now, [620.0, 1.0])
     assert work(Clock(600.0, "run"), now, [1.2] * 1000) == 1000
     assert work(Clock(600.0, "refuse"), now, [0.1] * 4) == 4
 

@@ -79,6 +79,11 @@ def work(clock, now, seconds_a_piece: list[float]) -> int:
     return done
 
 
+def test_of_several_ranks_the_first_one_judges(now, monkeypatch):
+    monkeypatch.setattr(clock_module, "place", lambda: (1, 2))
+    assert work(Clock(600.0, "refuse"), now, [1.2] * 1000) == 1000
+
+
 def test_what_will_not_fit_is_said_as_soon_as_the_rate_is_known(now):
     clock = Clock(600.0, "refuse")
     now(30)

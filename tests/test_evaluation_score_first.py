@@ -176,6 +176,12 @@ def test_scores_come_before_steps_and_the_last_chunk_is_never_trained_on():
     assert updates[::3] == [list(range(c * CHUNK + 1, (c + 1) * CHUNK + 1)) for c in range(3)]
 
 
+def test_progress_goes_up_to_all_targets():
+    seen = []
+    score_first(make_model(), make_data(), EVALUATION, SETTINGS, progress=lambda *counts: seen.append(counts))
+    assert seen == sorted(seen) and seen[-1] == (N - 1, N - 1) and len({done for done, _ in seen}) == len(seen)
+
+
 def test_learned_softcaps_move():
     caps = []
 

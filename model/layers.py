@@ -35,11 +35,16 @@ class Rotary(nn.Module):
             frequencies = frequencies.float().bfloat16().double()
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, n_tokens: int, cu_seqlens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (N, 1, rope_dims / 2). The angle is a float32 product (float64 for float64)."""
+    def forward(
+        self, n_tokens: int, cu_seqlens: Tensor, dtype: torch.dtype, relative: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (N, 1, rope_dims / 2). The angle is a float32 product (float64 for float64).
+
+        relative: positions count from their segment's start, as they do in rows in any case.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         positions = torch.arange(n_tokens, device=self.frequencies.device)
-        if self.config.attention_span == "rows":
+        if relative or self.config.attention_span == "rows":
             positions = positions - segment_start(positions, cu_seqlens)
         positions = positions.to(wide)
         if self.config.rope_positions_bf16:

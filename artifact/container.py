@@ -4,8 +4,9 @@
     0       8     magic, "NIBLICK" and a zero byte
     8       2     version, 2
     10      2     kind of the body: 1 niblick's own, below; 2 and 3 the published ones, `published`: whole and in groups
+                  (with 0x8000 added: weights that were trained on the validation stream, no legal submission)
     12      8     B, bytes of the body
-    20      32    SHA-256 of the body
+    20      32    SHA-256 of the body; of such weights, that of "ILLEGAL" and the body, so that the mark stays
     52      B     the body, to the end of the file:
       0       4     bytes of the header, plain
       4       4     h, bytes of the header, coded
@@ -34,6 +35,9 @@ from niblick.model.files import write_atomically
 
 MAGIC, VERSION = b"NIBLICK\0", 2
 OWN, WHOLE, GROUPS = 1, 2, 3
+ILLEGAL_KIND, ILLEGAL_SALT = 0x8000, b"ILLEGAL"
+ILLEGAL = "ILLEGAL: trained on the validation stream before it was quantised"
+"""What every reader shows of an artifact with that mark."""
 PROLOGUE = struct.Struct("<8sHHQ32s")
 HEADER_SIZES = struct.Struct("<II")
 
@@ -49,6 +53,8 @@ class Container:
     size: int
     tokenizer_sha256: str
     steps_per_octave: int = 0
+    trained_on_validation: bool = False
+    """Such an artifact's score is no score: show ILLEGAL beside it."""
 
 
 def write_artifact(
@@ -57,12 +63,13 @@ def write_artifact(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    trained_on_validation: bool = False,
 ) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file.
 
     OSError; ArtifactError if lrzip is asked for and missing or failing. Nothing is left half-written.
     """
-    data = pack(quantized, config, tokenizer, settings)
+    data = pack(quantized, config, tokenizer, settings, trained_on_validation)
     write_atomically(path, lambda file: file.write(data))
     return len(data)
 
@@ -72,21 +79,28 @@ def pack(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    trained_on_validation: bool = False,
 ) -> bytes:
     """The file, in the container that `settings` name (default: niblick's own)."""
     settings = settings or ArtifactConfig()
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizer else ""
     if settings.container == "brotli":
-        return seal(WHOLE, published.encode_whole(quantized, config, digest))
-    if settings.container != "niblick":
+        kind, body = WHOLE, published.encode_whole(quantized, config, digest)
+    elif settings.container == "niblick":
+        kind, body = OWN, _own_body(quantized, config, digest, settings.steps_per_octave)
+    else:
         lrzip = settings.container == "lrzip"
         body, _ = published.encode_groups(quantized, config, digest, sort_rows=settings.sort_rows, lrzip=lrzip)
-        return seal(GROUPS, body)
-    entries, parts = streams.take_apart(quantized, settings.steps_per_octave)
+        kind = GROUPS
+    return seal(kind | ILLEGAL_KIND * trained_on_validation, body)
+
+
+def _own_body(quantized: Quantized, config: GPTConfig, digest: str, steps_per_octave: int) -> bytes:
+    entries, parts = streams.take_apart(quantized, steps_per_octave)
     coded = streams.encode(parts)
     ordered = {name: coded[name] for name in streams.stream_names(entries)}
     header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest)
-    return assemble(header.to_json(), b"".join(ordered.values()))
+    return _join(header.to_json(), b"".join(ordered.values()))
 
 
 def require_tokenizer(artifact: Container, tokenizer: str | Path) -> None:
@@ -100,29 +114,49 @@ def read_artifact(path: str | Path) -> Container:
     """Settings, weights and sizes. OSError, or ArtifactError with what was expected and found in the file."""
     try:
         kind, body = _read_body(Path(path))
-        size = PROLOGUE.size + len(body)
-        if kind == WHOLE:
-            config, quantized, tokenizer = published.decode_whole(body)
-            return Container(str(path), config, quantized, {"whole": len(body)}, size, tokenizer)
-        if kind == GROUPS:
-            config, quantized, tokenizer, sizes = published.decode_groups(body)
-            return Container(str(path), config, quantized, sizes, size, tokenizer)
-        header, data = _split_body(body)
-        quantized = streams.decode(header.entries, header.shapes(), _split_streams(header, data))
+        config, quantized, sizes, tokenizer, grid = _READERS[kind & ~ILLEGAL_KIND](body)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    size = PROLOGUE.size + len(body)
+    return Container(str(path), config, quantized, sizes, size, tokenizer, grid, bool(kind & ILLEGAL_KIND))
+
+
+def _read_own(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+    header, data = _split_body(body)
+    quantized = streams.decode(header.entries, header.shapes(), _split_streams(header, data))
     grid = max(entry.steps_per_octave for entry in header.entries)
-    return Container(str(path), header.config, quantized, header.coded_bytes, size, header.tokenizer_sha256, grid)
+    return header.config, quantized, header.coded_bytes, header.tokenizer_sha256, grid
+
+
+def _read_whole(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+    config, quantized, tokenizer = published.decode_whole(body)
+    return config, quantized, {"whole": len(body)}, tokenizer, 0
+
+
+def _read_groups(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+    config, quantized, tokenizer, sizes = published.decode_groups(body)
+    return config, quantized, sizes, tokenizer, 0
+
+
+_READERS = {OWN: _read_own, WHOLE: _read_whole, GROUPS: _read_groups}
 
 
 def assemble(header: bytes, data: bytes) -> bytes:
     """The whole file from a plain header and the streams."""
+    return seal(OWN, _join(header, data))
+
+
+def _join(header: bytes, data: bytes) -> bytes:
     coded = brotli.compress(header, quality=11)
-    return seal(OWN, HEADER_SIZES.pack(len(header), len(coded)) + coded + data)
+    return HEADER_SIZES.pack(len(header), len(coded)) + coded + data
 
 
 def seal(kind: int, body: bytes) -> bytes:
-    return PROLOGUE.pack(MAGIC, VERSION, kind, len(body), hashlib.sha256(body).digest()) + body
+    return PROLOGUE.pack(MAGIC, VERSION, kind, len(body), _digest(kind, body)) + body
+
+
+def _digest(kind: int, body: bytes) -> bytes:
+    return hashlib.sha256(ILLEGAL_SALT * bool(kind & ILLEGAL_KIND) + body).digest()
 
 
 # ---- the checks, in the order of the file ------------------------------------------------------------------------
@@ -137,11 +171,12 @@ def _read_body(path: Path) -> tuple[int, bytes]:
         require(magic == MAGIC, f"expected an artifact, which begins with {MAGIC!r}, found {magic!r}")
         advice = ": a newer niblick reads it" if version > VERSION else ""
         require(version == VERSION, f"expected artifact version {VERSION}, found {version}{advice}")
-        require(kind in (OWN, WHOLE, GROUPS), f"expected a kind of body from {OWN} to {GROUPS}, found {kind}")
+        known = kind & ~ILLEGAL_KIND in _READERS
+        require(known, f"expected a kind of body from {OWN} to {GROUPS}, found {kind}")
         expected = PROLOGUE.size + body_bytes
         require(found == expected, f"expected {expected} bytes as its prologue says, found {found}")
         body = file.read()
-    sha256 = hashlib.sha256(body).digest()
+    sha256 = _digest(kind, body)
     require(sha256 == digest, f"damaged: expected a body with SHA-256 {digest.hex()}, found {sha256.hex()}")
     return kind, body
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Impl = Literal["kernel", "reference"]
-Method = Literal["plain", "sliding"]
+Method = Literal["plain", "sliding", "score-first", "phased"]
 Tail = Literal["keep", "drop"]
 TiltVersion = Literal["A", "B"]
 
@@ -350,7 +350,12 @@ class ArtifactConfig:
 class EvalConfig:
     method: Method = "plain"
     """`plain`: consecutive windows. `sliding`: overlapping ones, each target with at least sequence_length - stride
-    tokens before it; the work grows by sequence_length / stride."""
+    tokens before it; the work grows by sequence_length / stride. `score-first`: sliding, and the model is trained on
+    every stretch of text that was scored. `phased`: each document adapts weights of its own."""
+    variant: str = ""
+    """Published settings of an adapting method, by name; empty: its default."""
+    set: tuple[str, ...] = ()
+    """Settings of an adapting method laid over the variant's, as learning_rate=0.002."""
     sequence_length: int = 2048
     stride: int = 64
     """New tokens a sliding window."""
@@ -358,10 +363,14 @@ class EvalConfig:
     """`drop`: leave out the last, shorter window, as the challenge does."""
     tokens_per_batch: int = 65_536
     budget_s: float = 600.0
+    illegal_train_on_validation: bool = False
+    """Train on the held-out text before it is quantised (PR #1423). AGAINST THE CHALLENGE'S RULES: for reproducing what
+    was published so. The artifact, the log and every table say it."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "evaluation")
         _require_range(self, "evaluation", 1, 1e6, "sequence_length", "tokens_per_batch")
-        if self.method == "sliding":
+        if self.method in ("sliding", "score-first"):
             _require_range(self, "evaluation", 1, self.sequence_length, "stride")
         _require_range(self, "evaluation", 1e-3, 1e7, "budget_s")
 

@@ -113,7 +113,7 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     assert (seen["hints"].tokens[:16] == -1).all() and seen["hints"].betas[20] == 2.625
     evaluate_model(model, data, EvalConfig(sequence_length=32), tilt="A")
     assert (seen["hints"].tokens[12:] == 1).all() and seen["hints"].betas[20] == 2.0
-    evaluate_model(None, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
+    evaluate_model(model, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
     assert len(seen["windows"]) == 10 and seen["hints"] is None
 
 

@@ -1,10 +1,10 @@
-"""One chunk of many documents on the device: scores, and the gradients of the documents' adapters from the same forward.
+"""One chunk of many documents on the device: scores, and the gradients of their adapters from the same forward.
 
-Documents are rows of one width in one flat stream, attention cut at each row. Head and loss see the columns of the chunk
-only. The whole stream of tokens lies on the device, so a step is told no more than five numbers a row; everything else,
-ids included, is gathered inside. On a GPU a step is one CUDA graph for each number of rows and width: without, it would
-wait for the host, which takes longer to launch 48 columns of 64 documents than they take to compute. Nothing is compiled
-for a shape, so a new width costs one launched step and one capture.
+Documents are rows of one width in one flat stream, attention cut at each row. Head and loss see the columns of the
+chunk only. The whole stream of tokens lies on the device, so a step is told no more than five numbers a row; everything
+else, ids included, is gathered inside. On a GPU a step is one CUDA graph for each number of rows and width: without, it
+would wait for the host, which takes longer to launch 48 columns of 64 documents than they take to compute. Nothing is
+compiled for a shape, so a new width costs one launched step and one capture.
 """
 
 from collections import Counter

@@ -28,8 +28,8 @@ class Documents(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """documents (n,): which, in the order of their rows, by length ascending. rows (n,): the row of matrices A that each
-    has a claim to, by its place among the batch's documents in the queue. chunk: targets."""
+    """documents (n,): which, in the order of their rows, by length ascending. rows (n,): the row of matrices A that
+    each has a claim to, by its place among the batch's documents in the queue. chunk: targets."""
 
     index: int
     documents: np.ndarray
@@ -93,8 +93,8 @@ def chunks_of(documents: Documents, batch: Batch) -> np.ndarray:
 
 
 def width_for(number: int, chunk: int, window: int) -> int:
-    """Tokens of a row that holds a window of chunk `number`: from `EXACT_CHUNKS` on a multiple of a quarter of the next
-    lower power of two, so that few widths occur, at most an eighth of a row is padding on average, none at the limit."""
+    """Tokens of a row that holds a window of chunk `number`. Beyond `EXACT_CHUNKS` chunks they are a multiple of a
+    quarter of the power of two below, so that few widths occur: an eighth of a row is padding at most on average."""
     chunks = number + 1
     if chunks > EXACT_CHUNKS:
         step = 1 << ((chunks - 1).bit_length() - 3)

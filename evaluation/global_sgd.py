@@ -1,80 +1,70 @@
 """Steps on all weights of a model, with documents that have been scored: a phase of test-time training.
 
-The documents are laid end to end, R tokens, and cut into M = ceil((R - 1) / chunk) chunks of which the last is left out.
-A step takes a chunk, in rows that begin anew: attention is cut at each BOS and every `sgd_segment` tokens after it. The
-learning rate falls from chunk to chunk like half a cosine; momentum begins at zero in each phase.
+The documents are laid end to end, R tokens, and cut into M = ceil((R - 1) / chunk) chunks, of which the last is left
+out. A step takes a chunk, in rows that begin anew: attention is cut at each BOS and every `sgd_segment` tokens after
+it. The learning rate falls from chunk to chunk like half a cosine; momentum begins at zero in each phase.
 """
 
 import math
-import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from niblick.data.loaders import document_starts
+from niblick.evaluation.adaptation import clear_gradients, copy_parameters, set_parameters
 from niblick.evaluation.phased_config import PhasedConfig
-from niblick.evaluation.claims import Ranks
+from niblick.evaluation.ranks import place, sum_over_ranks
 from niblick.model.gpt import GPT
 
 
-def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig, ranks: Ranks) -> bool:
+def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
     """Trains the model in place; every rank must call it, and each takes its share of a chunk's rows.
 
-    text (R,): the documents' tokens. False where the losses end above `config.diverged` times what they began with, or
-    any number is not finite: then the weights are those of before.
+    text (R,): the documents' tokens. Returns why it failed, or nothing: where the losses end above `config.diverged`
+    times what they began with, or any number is not finite, the weights are those of before.
     """
     n_chunks = -(-(len(text) - 1) // config.sgd_chunk)
-    parameters = list(model.parameters())
-    before = [p.detach().clone() for p in parameters]
-    was_training, wanted = model.training, [p.requires_grad for p in parameters]
+    before, was_training = copy_parameters(model), model.training
     model.train().requires_grad_(True)
-    optimizer = torch.optim.SGD(parameters, lr=config.sgd_lr, momentum=config.sgd_momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.sgd_lr, momentum=config.sgd_momentum)
     losses = []
-    try:
-        for chunk in range(n_chunks - 1):
-            rate = 0.5 * config.sgd_lr * (1 + math.cos(math.pi * chunk / (n_chunks - 1)))
-            optimizer.param_groups[0]["lr"] = rate
-            for _ in range(config.sgd_epochs):
-                losses.append(_step(model, text[chunk * config.sgd_chunk :], config, ranks))
-                torch.nn.utils.clip_grad_norm_(parameters, config.sgd_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-    finally:
-        model.train(was_training)
-        for p, kept in zip(parameters, wanted, strict=True):
-            p.requires_grad_(kept)
-    if not losses or _sound(ranks.sum(torch.stack(losses)), parameters, config):
-        return True
-    with torch.no_grad():
-        for p, kept in zip(parameters, before, strict=True):
-            p.copy_(kept)
-    warnings.warn("test-time training of all weights diverged: they are put back as they were before", stacklevel=2)
-    return False
+    for chunk in range(n_chunks - 1):
+        rate = 0.5 * config.sgd_lr * (1 + math.cos(math.pi * chunk / (n_chunks - 1)))
+        optimizer.param_groups[0]["lr"] = rate
+        for _ in range(config.sgd_epochs):
+            losses.append(_gradients(model, text[chunk * config.sgd_chunk :], config))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.sgd_clip)
+            optimizer.step()
+            clear_gradients(model)
+    model.train(was_training).requires_grad_(False)
+    failed = _failure(model, torch.stack(losses), config) if losses else ""
+    if failed:
+        set_parameters(model, before)
+    return failed
 
 
-def _sound(losses: Tensor, parameters: list[Tensor], config: PhasedConfig) -> bool:
-    first, last = losses[: config.patience].mean(), losses[-config.patience :].mean()
-    finite = torch.stack([p.isfinite().all() for p in parameters]).all()
-    return bool(finite & losses.isfinite().all() & (last <= config.diverged * first))
+def _failure(model: GPT, losses: Tensor, config: PhasedConfig) -> str:
+    first, last = (x.mean().item() for x in (losses[: config.patience], losses[-config.patience :]))
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        return "weights are no longer finite"
+    return "" if last <= config.diverged * first else f"its loss went from {first:.4g} to {last:.4g} nats a token"
 
 
-def _step(model: GPT, text: np.ndarray, config: PhasedConfig, ranks: Ranks) -> Tensor:
-    """Leaves the gradients of the chunk's mean loss in `.grad`, the same on all ranks; returns this rank's share of it.
-
-    Rows do not depend on the number of ranks, so nor do the steps.
-    """
-    n_rows = config.sgd_chunk // config.sgd_row
-    first, end = (n_rows * r // ranks.size * config.sgd_row for r in (ranks.rank, ranks.rank + 1))
+def _gradients(model: GPT, text: np.ndarray, config: PhasedConfig) -> Tensor:
+    """Leaves those of the chunk's mean loss in `.grad`; that loss, float32. The same on all ranks, and whatever their
+    number: rows do not depend on it."""
+    n_rows, (rank, n_ranks) = config.sgd_chunk // config.sgd_row, place()
+    first, end = (n_rows * r // n_ranks * config.sgd_row for r in (rank, rank + 1))
     share = torch.zeros((), device=model.embedding.device)
     if first < end:
         share = model(*_rows(text[first : end + 1], model, config)) * ((end - first) / config.sgd_chunk)
         share.backward()
     for p in model.parameters():
-        if p.grad is None:  # a rank without rows
-            p.grad = torch.zeros_like(p)
-        ranks.sum(p.grad)
-    return share.detach().float()
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank without rows
+    loss = share.detach().float()
+    sum_over_ranks([loss, *(p.grad for p in model.parameters())])
+    return loss
 
 
 def _rows(text: np.ndarray, model: GPT, config: PhasedConfig) -> tuple[Tensor, Tensor, Tensor, bool, Tensor]:

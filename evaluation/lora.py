@@ -6,9 +6,9 @@ is the head's. Additions to outputs come before the layer scales, which the mode
 multiply the rows of B. Rows of a forward are documents: x is (d w, in), d rows of w tokens.
 
 Layout: everything of a document is one row of flat (d, P) buffers, all A first. So an optimizer step is one pass over
-one tensor, a reset is a fill, the last documents of a batch are a slice, and a product over all documents is one batched
-GEMM on strided views. The A that read one input are one matrix (R, in). Gradients are written into their buffer by the
-backward pass itself, through GEMMs that also add to what is there: y and dx see no pass of their own.
+one tensor, a reset is a fill, the last documents of a batch are a slice, and a product over all documents is one
+batched GEMM on strided views. The A that read one input are one matrix (R, in). Gradients are written into their buffer
+by the backward pass itself, and what is added to y and dx is added by the GEMM: there is no pass for it.
 """
 
 from dataclasses import dataclass
@@ -247,7 +247,7 @@ class View:
         return getattr(model, name)[model.orders[True][slot].layer]
 
 
-# ---- the products: x (d w, in), A (d, R, in), B (d, out, r); gradients of A and B go where the pair says -----------------
+# ---- the products: x (d w, in), A (d, R, in), B (d, out, r); gradients of A and B go where the pair says -------------
 
 
 def _times(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ class PhasedConfig:
 
     order: Order = "longest-first"
     """`longest-first`: as published. Documents are sorted by length, so which batch, phase and chunk length scores a
-    token follows from ends of documents that lie ahead of it: a permutation of the corpus that the challenge never ruled
-    on. `corpus`: left to right. Nothing that a token is scored with depends on a later token, ends included."""
+    token follows from ends of documents that lie ahead of it: a permutation of the corpus that the challenge never
+    ruled on. `corpus`: left to right. Nothing that a token is scored with depends on a later token, ends included."""
     seed: int = 0
     """Of the matrices A."""
 

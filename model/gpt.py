@@ -78,8 +78,8 @@ class Shared(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One executed layer: its place in the order, which weights, which skip row it pops (or None), whether its output is
-    pushed."""
+    """One executed layer: its place in the order, which weights, which skip row it pops (or None), whether its output
+    is pushed."""
 
     slot: int
     layer: int

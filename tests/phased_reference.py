@@ -70,7 +70,7 @@ def losses_of(params, shape: GPTConfig, tokens: np.ndarray, adapters: Adapters, 
 
 
 class BruteForce:
-    """losses (N,) and the parameters at the end. draw(number) -> the A of all rows, by (slot, target), (rows, r, in)."""
+    """losses (N,) and the parameters at the end. draw(number): the A of all rows, by (slot, target), (rows, r, in)."""
 
     def __init__(self, params, shape: GPTConfig, tokens: np.ndarray, config: PhasedConfig, draw: Callable) -> None:
         self.params = {name: p.detach().double().clone() for name, p in params.items()}

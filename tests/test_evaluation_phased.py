@@ -12,7 +12,7 @@ from ranks import one_thread, run_ranks
 from niblick.evaluation.audit_own import tiny_model
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased import PHASED, PhasedConfig, phased_score
-from niblick.evaluation.run import ValidationSet
+from niblick.evaluation.validation import ValidationSet
 
 V = 10
 SHAPE = {

@@ -45,7 +45,8 @@ def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
 
 
 def _failure(model: GPT, losses: Tensor, config: PhasedConfig) -> str:
-    first, last = (x.mean().item() for x in (losses[: config.patience], losses[-config.patience :]))
+    n = min(config.patience, -(-len(losses) // 2))
+    first, last = losses[:n].mean().item(), losses[-n:].mean().item()
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         return "weights are no longer finite"
     return "" if last <= config.diverged * first else f"its loss went from {first:.4g} to {last:.4g} nats a token"

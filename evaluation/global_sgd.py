@@ -45,8 +45,7 @@ def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
 
 
 def _failure(model: GPT, losses: Tensor, config: PhasedConfig) -> str:
-    n = min(config.patience, -(-len(losses) // 2))
-    first, last = losses[:n].mean().item(), losses[-n:].mean().item()
+    first, last = losses[0].item(), losses[-config.patience :].mean().item()
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         return "weights are no longer finite"
     return "" if last <= config.diverged * first else f"its loss went from {first:.4g} to {last:.4g} nats a token"

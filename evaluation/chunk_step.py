@@ -24,8 +24,10 @@ from niblick.model.gpt import GPT
 
 TOKENS = 65_536
 """A forward at most: activations of 131,072 would take twice the memory and no less time a token."""
-LAUNCHED = 2
-"""Times that a shape is launched kernel by kernel before it is captured: capturing one costs as much as two steps."""
+LAUNCH_TOKENS = 4096
+"""What a step costs besides its tokens, in tokens."""
+OFTEN = 8
+"""Times that a shape makes do with the graph of a larger one, up to twice its cost, before it gets its own."""
 
 
 class Shape(NamedTuple):
@@ -35,6 +37,16 @@ class Shape(NamedTuple):
     width: int
     chunk: int
     steps: bool
+
+    @property
+    def cost(self) -> int:
+        """In tokens, steps or not."""
+        return self.rows * self.width + LAUNCH_TOKENS
+
+    def serves(self, other: "Shape") -> bool:
+        """Whether a step of this shape can do what one of the other does: rows and columns more are padding, and
+        gradients that nobody asked for are left alone."""
+        return self.chunk == other.chunk and all(a >= b for a, b in zip(self, other, strict=True))
 
 
 class Captured(NamedTuple):
@@ -93,24 +105,36 @@ class ChunkStep:
             self._launch(plan.to(self.device), shape)
             if self._graphs:
                 self._capture(shape)
+        if self._graphs:
+            torch.cuda.empty_cache()  # the graphs have memory of their own
 
     def __call__(self, chunk: Chunk, shape: Shape) -> Fetched:
         """Losses (rows, chunk), of which those of the last rows mean something; rows before are padding."""
-        plan = np.zeros((len(chunk), shape.rows), np.int64)
-        plan[:, shape.rows - len(chunk.start) :] = chunk
-        plan = torch.from_numpy(plan)
-        if not self._graphs:
-            return Fetched(self._launch(plan.to(self.device), shape))
-        plan = plan.pin_memory()
         self._met[shape] += 1
-        if shape not in self._captured and self._met[shape] <= LAUNCHED:
-            return Fetched(self._launch(plan.to(self.device, non_blocking=True), shape))
-        if shape not in self._captured:
-            self._capture(shape)
-        captured = self._captured[shape]
-        captured.plan.copy_(plan, non_blocking=True)
-        captured.graph.replay()
-        return Fetched(captured.losses)
+        best = self._captured_for(shape)
+        plan = self._plan(chunk, (best or shape).rows)
+        if best:
+            captured = self._captured[best]
+            captured.plan.copy_(plan, non_blocking=True)
+            captured.graph.replay()
+            return Fetched(captured.losses)
+        losses = Fetched(self._launch(plan.to(self.device, non_blocking=True), shape))
+        if self._graphs:
+            self._capture(shape)  # its kernels are compiled now
+        return losses
+
+    def _plan(self, chunk: Chunk, rows: int) -> Tensor:
+        plan = np.zeros((len(chunk), rows), np.int64)
+        plan[:, rows - len(chunk.start) :] = chunk
+        plan = torch.from_numpy(plan)
+        return plan.pin_memory() if self.device.type == "cuda" else plan
+
+    def _captured_for(self, shape: Shape) -> Shape | None:
+        if shape in self._captured:
+            return shape
+        best = min((s for s in self._captured if s.serves(shape)), key=lambda s: s.cost, default=None)
+        fits = best is not None and best.cost <= 2 * shape.cost and self._met[shape] <= OFTEN
+        return best if fits else None
 
     def _capture(self, shape: Shape) -> None:
         plan = torch.zeros(5, shape.rows, dtype=torch.int64, device=self.device)

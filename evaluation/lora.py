@@ -117,7 +117,7 @@ class LoRA:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """B and everything of AdamW to zero, the step count too; A stays."""
+        """B and everything of AdamW to zero, the step count too; A stays, and takes effect as it is."""
         self.master[:, self.layout.n_a :] = 0
         self.second.zero_()
         self.step_number.zero_()
@@ -131,18 +131,16 @@ class LoRA:
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """New A, uniform within ± 1 / sqrt(in)."""
+        """New A, uniform within ± 1 / sqrt(in); `reset` is to follow."""
         generator = torch.Generator(self.master.device).manual_seed(seed)
         bound = self.model.config.model_dim**-0.5
         self.master[:, : self.layout.n_a].uniform_(-bound, bound, generator=generator)
-        self._round()
 
     @torch.no_grad()
     def rearrange(self, source: Tensor, factors: Tensor) -> None:
-        """Row i of A becomes what row source[i] was, times factors[i]."""
+        """Row i of A becomes what row source[i] was, times factors[i]; `reset` is to follow."""
         a = self.master[:, : self.layout.n_a]
-        a.copy_(a[source] * factors[:, None])
-        self._round()
+        a.copy_(a[source].mul_(factors[:, None]))
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from niblick.evaluation.adaptation import parameters_kept, require_dense
-from niblick.evaluation.chunk_step import LAUNCHED, ChunkStep, Shape
+from niblick.evaluation.chunk_step import OFTEN, ChunkStep, Shape
 from niblick.evaluation.claims import Claims
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.documents import Batch, Documents, chunks_of, queue_of
@@ -45,8 +45,6 @@ __all__ = ["PHASED", "PhasedConfig", "phased_score"]
 
 COMMON = 64
 """Shapes of steps that are captured before the first document."""
-LAUNCH_TOKENS = 4096
-"""What a step costs besides its tokens, in tokens."""
 
 
 class Journal(Protocol):
@@ -119,7 +117,7 @@ class _Run:
             self.before = np.cumsum([0, *(len(batch.documents) for batch in self.queue)])
             """Documents that were claimed before each batch of the queue."""
             self.shapes = [self._shapes(batch) for batch in self.queue]
-            self.work = [sum(rows * width + LAUNCH_TOKENS for rows, width, *_ in shapes) for shapes in self.shapes]
+            self.work = [sum(shape.cost for shape in shapes) for shapes in self.shapes]
 
     def everything(self) -> Score:
         """What all ranks have scored together; the seconds are left open."""
@@ -150,9 +148,9 @@ class _Run:
             lora = LoRA(self.model, self.config)
             step = ChunkStep(self.model, lora, len(self.data.tokens), hints=self.hints is not None)
             if self.model.embedding.is_cuda:
-                # The last chunk of a batch is not stepped on, and the shapes of few steps are captured if they recur.
+                # A batch's last chunk is not stepped on. What is rare makes do with these, or is captured when it comes.
                 found = Counter(shape for shapes in self.shapes for shape in shapes[:-1])
-                step.warm_up([shape for shape, times in found.most_common(COMMON) if times > LAUNCHED])
+                step.warm_up([shape for shape, times in found.most_common(COMMON) if times > OFTEN])
                 lora.step(self.config.documents)
         with self.clock.part("precompute"):
             step.load(self.data.tokens, self.hints)

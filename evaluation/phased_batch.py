@@ -113,9 +113,9 @@ class BatchScorer:
             self.lora.draw(config.seed * 1_000_003 + number)
             self._rows, self._decay = np.arange(config.documents), np.ones(config.documents)
         source, master = np.argsort(self._rows)[rows], self.lora.master
-        self.lora.rearrange(
-            torch.from_numpy(source).to(master.device), torch.from_numpy(self._decay[source]).to(master)
-        )
+        factors = self._decay[source]
+        if (source != np.arange(config.documents)).any() or (factors != 1).any():
+            self.lora.rearrange(torch.from_numpy(source).to(master.device), torch.from_numpy(factors).to(master))
         self.lora.reset()
         self._rows, self._n_documents = rows, n
         return inherits

@@ -148,7 +148,7 @@ class _Run:
             lora = LoRA(self.model, self.config)
             step = ChunkStep(self.model, lora, len(self.data.tokens), hints=self.hints is not None)
             if self.model.embedding.is_cuda:
-                # A batch's last chunk is not stepped on. What is rare makes do with these, or is captured when it comes.
+                # A batch's last chunk is not stepped on; what is rare makes do with these, or is captured as it comes.
                 found = Counter(shape for shapes in self.shapes for shape in shapes[:-1])
                 step.warm_up([shape for shape, times in found.most_common(COMMON) if times > OFTEN])
                 lora.step(self.config.documents)

@@ -33,7 +33,7 @@ from niblick.evaluation.clock import Clock, Policy, require_plot
 from niblick.evaluation.ranks import place
 from niblick.evaluation.run import evaluate_model, settings_of
 from niblick.evaluation.score import Score
-from niblick.evaluation.validation import ValidationSet
+from niblick.evaluation.validation import ValidationSet, require_own_tokens
 from niblick.model.config import ConfigError, EvalConfig, Method, Tail, TiltVersion
 from niblick.model.files import write_atomically
 
@@ -102,6 +102,7 @@ def main(words: list[str]) -> int:
         max_tokens=arguments.max_tokens,
     )
     require_tokenizer(artifact, tokenizer)
+    require_own_tokens(data.tokens, tokenizer, model.config.bos_id, paths[0])
     with clock.interruptible():
         score = run(model, data, config, arguments, clock)
     if place()[0] == 0:

@@ -32,14 +32,17 @@ def require_dense(model: GPT, method: str) -> None:
 
 @contextmanager
 def parameters_kept(model: GPT) -> Iterator[list[Tensor]]:
-    """Yields copies of the parameters; at the end they, and the mode, are again what they were."""
-    start, was_training = copy_parameters(model), model.training
+    """All parameters may be trained inside. Yields copies of them; at the end they and the mode are what they were."""
+    start, was_training, trained = copy_parameters(model), model.training, [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(True)
     try:
         yield start
     finally:
         set_parameters(model, start)
         model.train(was_training)
         clear_gradients(model)
+        for p, wanted in zip(model.parameters(), trained, strict=True):
+            p.requires_grad_(wanted)
 
 
 @torch.no_grad()

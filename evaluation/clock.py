@@ -97,6 +97,8 @@ class Clock:
         if self._foreseen or self.policy == "run" or place()[0]:
             return
         _finish_launched()
+        if self.elapsed_s > self.budget_s:
+            self._refuse(f"{self.elapsed_s:.1f} s have passed with {share:.1%} of the work done")
         if self._first is None:
             self._first = perf_counter(), share
             return
@@ -106,11 +108,13 @@ class Clock:
         self._foreseen = True
         needed = self.elapsed_s + (1 - share) * seconds / done
         if needed > self.budget_s:
-            raise OverBudget(
-                f"expected an evaluation within {self.budget_s:g} s: at the rate found ({done:.1%} of the work in"
-                f" {seconds:.1f} s, after {self.elapsed_s - seconds:.1f} s) it would take {needed:.0f} s;"
-                " --over-budget run does it all the same"
-            )
+            rate = f"{done:.1%} of the work in {seconds:.1f} s, after {self.elapsed_s - seconds:.1f} s"
+            self._refuse(f"at the rate found ({rate}) it would take {needed:.0f} s")
+
+    def _refuse(self, why: str) -> None:
+        raise OverBudget(
+            f"expected an evaluation within {self.budget_s:g} s: {why}; --over-budget run does it all the same"
+        )
 
     def stop(self) -> str:
         """Why the work should end here, or nothing."""

@@ -1,17 +1,37 @@
-"""An evaluation on several ranks: who does what, and sums over all. One process is one rank that needs no other."""
+"""An evaluation on several ranks: who does what, and sums over all. One process is one rank that needs no other.
 
-from collections.abc import Sequence
+The ranks are those of torch.distributed's default group, or of the group that `using` names, in its thread.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_group: ContextVar["dist.ProcessGroup | None"] = ContextVar("group", default=None)
+
+
+@contextmanager
+def using(group: dist.ProcessGroup) -> Iterator[None]:
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def _current() -> dist.ProcessGroup | None:
+    return _group.get() or (dist.group.WORLD if dist.is_initialized() else None)
 
 
 def place() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    group = _current()
+    return (group.rank(), group.size()) if group else (0, 1)
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:
@@ -22,6 +42,6 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """In place. Every rank must call it, with tensors of the same shapes."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    if group := _current():
+        for work in [group.allreduce([tensor]) for tensor in tensors]:
+            work.wait()

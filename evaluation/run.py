@@ -27,12 +27,14 @@ RAGGED = 7
 class EvaluationMethod(NamedTuple):
     """score(model, data, config, settings, *, hints, progress, record, clock) -> Score. variants: its settings by name,
     the default first; empty where EvalConfig says everything. rehearsal(config, settings): tokens of a stream whose
-    evaluation launches all that the real one will. adapts: it trains the model, and puts it back."""
+    evaluation launches all that the real one will. adapts: it trains the model, and puts it back. small: settings with
+    which it does all that it ever does within a hundred tokens, for the audit."""
 
     score: Callable[..., Score]
     rehearsal: Callable[[EvalConfig, object], int]
     variants: Mapping[str, object] = MappingProxyType({})
     adapts: bool = False
+    small: tuple[str, ...] = ()
 
 
 def _score_windows(model: GPT, data: ValidationSet, config: EvalConfig, settings: None, **options: object) -> Score:
@@ -51,6 +53,7 @@ METHODS = {
         lambda config, settings: settings.chunk_rows + config.sequence_length,
         SCORE_FIRST,
         adapts=True,
+        small=("chunk_rows=32", "learning_rate=0.1"),
     ),
 }
 """A method is an entry here, and its name one of `model.config.Method`."""

@@ -1,7 +1,9 @@
 """The held-out stream that an evaluation scores."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ from niblick.data import sidecar
 from niblick.data import tokenizer as tokenizers
 from niblick.data.errors import DataError
 from niblick.data.shards import check_ids, first_bos, read_shard
+
+LOOKED_AT = 20_000
+"""Tokens; their tokenizer gives all of them back, another of the same size and on like text some 95 %."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,23 @@ class ValidationSet:
         counts = np.zeros(len(tokens), np.int16)
         counts[1:] = tokenizers.ByteTable.of(processor).bytes(tokens[:-1], tokens[1:])
         return cls(tokens, counts)
+
+
+def require_own_tokens(tokens: np.ndarray, tokenizer: str | Path, bos_id: int, where: str | Path) -> None:
+    """DataError unless the tokens are of this tokenizer: text decoded from them must be encoded to them again.
+
+    The first whole documents are looked at. One in fifty tokens may differ, and ten besides, as text that is decoded is
+    normalised text.
+    """
+    processor, expected, found = tokenizers.load(tokenizer), Counter(), Counter()
+    starts = np.flatnonzero(tokens[:LOOKED_AT] == bos_id)
+    for start, end in pairwise(starts.tolist()):
+        ids = tokens[start + 1 : end].tolist()
+        expected.update(ids)
+        found.update(processor.encode(processor.decode(ids)))
+    n, different = expected.total(), (expected - found).total()
+    if different > 10 + n // 50:
+        raise DataError(
+            f"{where}: expected shards of the tokenizer {tokenizer}: of their first {n} tokens, decoded and encoded"
+            f" again by it, {different} do not come back"
+        )

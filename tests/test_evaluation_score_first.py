@@ -307,5 +307,6 @@ def test_a_stop_is_marked_and_leaves_the_model_as_it_was():
     found = score_first(model, data, EVALUATION, SETTINGS, record=recorder, clock=clock, progress=interrupt)
     assert found.partial == "interrupted" and 20 <= found.n_targets < 30
     assert found.n_targets == np.isfinite(recorder.losses).sum()
-    again = score_first(model, data, EVALUATION, SETTINGS)
+    again = score_first(model.requires_grad_(False), data, EVALUATION, SETTINGS)
     assert again.nll == score_first(make_model(), data, EVALUATION, SETTINGS).nll and not again.partial
+    assert not any(p.requires_grad for p in model.parameters())

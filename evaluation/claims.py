@@ -1,18 +1,12 @@
 """Which rank scores what, decided as the work goes on."""
 
-import itertools
 from collections import Counter
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
-
-from niblick.evaluation.ranks import place
-
-_runs = itertools.count()
+from niblick.evaluation import ranks
 
 
 class Claims:
-    """Counters that all ranks of torch.distributed share; of one rank alone, its own.
+    """Counters that all ranks share; of one rank alone, its own.
 
     They are atomic adds on the store through which the ranks found each other. The published scripts keep one in a file
     under a lock: that needs a file system that all hosts share and whose locks hold, and a name that no other run uses;
@@ -20,10 +14,11 @@ class Claims:
     """
 
     def __init__(self) -> None:
-        self._store, self._own = None, Counter()
-        if place()[1] > 1:
-            # Every rank counts the runs alike, so they agree on the name.
-            self._store = dist.PrefixStore(f"niblick/claims/{next(_runs)}", _get_default_store())
+        rank, n_ranks = ranks.place()
+        self._store, self._own, self._run = None, Counter(), 0
+        if n_ranks > 1:
+            self._store = ranks.store()
+            self._run = self._store.add(f"niblick/runs of rank {rank}", 1)  # every rank counts the runs alike
 
     def next(self) -> int:
         """A number from 0 on that nobody else gets."""
@@ -32,6 +27,6 @@ class Claims:
     def add(self, name: str, n: int) -> int:
         """What the counter is with n more."""
         if self._store is not None:
-            return self._store.add(name, n)
+            return self._store.add(f"niblick/run {self._run}/{name}", n)
         self._own[name] += n
         return self._own[name]

@@ -20,7 +20,6 @@ published scripts compute all 16 rows to the end.
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from niblick.evaluation.documents import Batch, Documents, chunks_of, queue_of
 from niblick.evaluation.global_sgd import sgd_phase
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.lora import LoRA
-from niblick.evaluation.phased_batch import BatchScorer, BatchScores, Event, shape_of
+from niblick.evaluation.phased_batch import BatchScorer, BatchScores, shape_of
 from niblick.evaluation.phased_config import PHASED, PhasedConfig
 from niblick.evaluation.ranks import sum_over_ranks
 from niblick.evaluation.score import Progress, Record, Score, check_tilt
@@ -47,16 +46,6 @@ COMMON = 64
 """Shapes of steps that are captured before the first document."""
 
 
-class Journal(Protocol):
-    """Told what was done, for an audit."""
-
-    def document(self, row: int, inherits: bool, events: list[Event]) -> None:
-        """One document, with the adapters of `row`; inherits: its matrices A come from the row's last document."""
-
-    def phase(self, targets: np.ndarray) -> None:
-        """Steps on all weights used these targets."""
-
-
 def phased_score(
     model: GPT,
     data: ValidationSet,
@@ -66,13 +55,14 @@ def phased_score(
     progress: Progress | None = None,
     record: Record | None = None,
     clock: Clock | None = None,
-    journal: Journal | None = None,
 ) -> Score:
     """Score every target of the stream once; the model is afterwards what it was.
 
     data: a stream that begins with a document. hints: of the whole stream; the score is tilted, the steps are not.
-    progress: called with the targets scored so far, by all ranks, and all of them. record: called after each batch with
-    the targets of each of its documents, int64, and their losses, float32; on several ranks with those of this rank.
+    progress: called with the targets scored so far, by all ranks, and all of them. record: called with the targets of
+    each chunk of each document, int64, and their losses, float32, and `record.updated`, if there is one, with the
+    targets that a step used; on several ranks with what this rank did. A batch's documents are told of one after
+    another when all are done, as they lie in the corpus: they know nothing of each other.
     clock: its parts are "precompute", "compile" (what is launched on random ids, and the capture of graphs), "score"
     (documents; their scores and steps come from one pass) and "adapt" (steps on all weights). Where it says stop, what
     was scored by then is the result, marked as partial; it is also asked whether the rest will fit (OverBudget).
@@ -82,14 +72,9 @@ def phased_score(
     """
     began = time.perf_counter()
     _check(model, data, hints)
-    wanted = [p.requires_grad for p in model.parameters()]
     with parameters_kept(model):
         model.eval().requires_grad_(False)
-        try:
-            score = _Run(model, data, config, hints, progress, record, clock or Clock(), journal).everything()
-        finally:
-            for p, kept in zip(model.parameters(), wanted, strict=True):
-                p.requires_grad_(kept)
+        score = _Run(model, data, config, hints, progress, record, clock or Clock()).everything()
     return replace(score, seconds=time.perf_counter() - began)
 
 
@@ -105,9 +90,11 @@ def _check(model: GPT, data: ValidationSet, hints: Hints | None) -> None:
 
 
 class _Run:
-    def __init__(self, model, data, config, hints, progress, record, clock, journal) -> None:
+    def __init__(self, model, data, config, hints, progress, record, clock) -> None:
         self.model, self.data, self.config, self.hints = model, data, config, hints
-        self.progress, self.record, self.clock, self.journal = progress, record, clock, journal
+        self.progress, self.clock = progress, clock
+        self.record = record or (lambda targets, losses: None)
+        self.updated = getattr(record, "updated", lambda targets: None)
         self.claims, self.stopped = Claims(), ""
         self.sums, self.gave_up, self.undone = np.zeros(4), [], []
         """Nats, targets, bytes, batches that gave up their adaptation."""
@@ -194,22 +181,19 @@ class _Run:
             failed = sgd_phase(self.model, self.data.tokens[np.concatenate(places)], self.config)
             if failed:
                 self.undone.append(f"adaptation: the phase after {boundary} documents was undone: {failed}")
-            elif self.journal:
-                self.journal.phase(np.concatenate([place[1:] for place in places]))
+            else:
+                self.updated(np.concatenate([place[1:] for place in places]))
             self.scorer.renew()
 
     def _report(self, scores: BatchScores, place: int) -> None:
-        """The batch's documents, as they lie in the corpus: they know nothing of each other."""
         batch = scores.batch
         for i in np.argsort(batch.documents):
             start, losses = int(self.documents.starts[batch.documents[i]]), scores.losses[i]
             targets = np.arange(start + 1, start + 1 + len(losses))
             n_bytes = int(self.data.byte_counts[targets].sum(dtype=np.int64))
             self.sums += losses.sum(dtype=np.float64), len(targets), n_bytes, 0
-            if self.record and len(targets):
-                self.record(targets, losses)
-            if self.journal:
-                self.journal.document(int(batch.rows[i]), scores.inherits, scores.of_document(i, targets))
+            for what, *event in scores.of_document(i, targets):
+                (self.record if what == "scored" else self.updated)(*event)
         if scores.gave_up:
             self.sums[3] += 1
             self.gave_up.append(scores.gave_up)

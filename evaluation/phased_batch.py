@@ -17,8 +17,8 @@ from niblick.evaluation.documents import Batch, Chunk, Documents, chunk_of, chun
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased_config import PhasedConfig
 
-Event = tuple[str, np.ndarray, np.ndarray | None]
-"""("scored", targets, losses) or ("stepped", targets, None) of one document."""
+Event = tuple[str, np.ndarray, np.ndarray] | tuple[str, np.ndarray]
+"""("scored", targets, losses) or ("stepped", targets) of one document."""
 
 
 class _Launched(NamedTuple):
@@ -31,13 +31,11 @@ class _Launched(NamedTuple):
 
 @dataclass
 class BatchScores:
-    """losses: of each document, of all its targets unless the batch was stopped. inherits: whether its matrices A come
-    from earlier documents. events: ("scored" or "stepped", chunk), as they happened. gave_up: why it went on without
-    adapters, or nothing."""
+    """losses: of each document, of all its targets unless the batch was stopped. events: ("scored" or "stepped",
+    chunk), as they happened. gave_up: why it went on without adapters, or nothing."""
 
     batch: Batch
     losses: list[np.ndarray]
-    inherits: bool
     events: list[tuple[str, int]]
     gave_up: str = ""
 
@@ -49,7 +47,7 @@ class BatchScores:
             if what == "scored" and chunk.start < len(targets):
                 events.append((what, targets[chunk], self.losses[i][chunk]))
             if what == "stepped" and chunk.stop < len(targets):
-                events.append((what, targets[chunk], None))
+                events.append((what, targets[chunk]))
         return events
 
 
@@ -71,8 +69,8 @@ class BatchScorer:
     def renew(self) -> None:
         """The model's weights are others: so are the adapters."""
         self.lora.refresh()
-        self._rows: np.ndarray | None = None
-        """Whose A each row of the adapters holds, by place in the queue; None where the next batch draws new ones."""
+        self._decay: np.ndarray | None = None
+        """Factors that the A of each row have yet to be given; None where they are not to be handed on."""
         self._n_phases += 1
 
     def score(self, batch: Batch, stop: Callable[[], object]) -> BatchScores:
@@ -80,7 +78,8 @@ class BatchScorer:
         m = chunks_of(self.documents, batch)
         self._batch, self._m, self._means = batch, m, []
         self._losses: list[list[np.ndarray]] = [[] for _ in m]
-        self._scores = BatchScores(batch, [], self._begin(batch), [])
+        self._begin(batch)
+        self._scores = BatchScores(batch, [], [])
         self._n_steps, previous = np.zeros(self.config.documents, int), None
         for number in range(int(m.max())):
             if stop():
@@ -93,32 +92,29 @@ class BatchScorer:
             self._settle(previous)
         # Rows that took no part in a step miss its decay; so it makes no difference how many did.
         missed = self._n_steps.max() - self._n_steps
-        self._decay = (1 - self.config.lr * self.config.weight_decay) ** missed
+        if not self._scores.gave_up:
+            self._decay = (1 - self.config.lr * self.config.weight_decay) ** missed
         self._scores.losses = [np.concatenate([np.empty(0, np.float32), *losses]) for losses in self._losses]
         return self._scores
 
-    def _begin(self, batch: Batch) -> bool:
-        """Adapters for new documents: whether their A come from others.
+    def _begin(self, batch: Batch) -> None:
+        """Adapters for new documents.
 
-        Rows of the adapters are sorted by the documents' lengths, but who inherits whose A is decided by places in the
-        queue: in corpus order a length must not decide it.
+        In corpus order no A is handed on, but the same ones serve every batch where they are kept: a batch would else
+        depend on those that the same rank had before. And there a document has a claim to the A of its place in the
+        queue: rows are sorted by length, which must not decide it.
         """
         config, n = self.config, len(batch.documents)
-        rows = np.concatenate([np.setdiff1d(np.arange(config.documents), batch.rows), batch.rows])
-        resized = config.order == "longest-first" and self._rows is not None and n != self._n_documents
-        inherits = config.a_at_reset == "kept" and self._rows is not None and not resized
-        if not inherits:
-            # The same whichever rank takes the batch.
-            number = batch.index if config.a_at_reset == "redrawn" else self._n_phases
-            self.lora.draw(config.seed * 1_000_003 + number)
-            self._rows, self._decay = np.arange(config.documents), np.ones(config.documents)
-        source, master = np.argsort(self._rows)[rows], self.lora.master
-        factors = self._decay[source]
+        kept, source = config.a_at_reset == "kept", np.arange(config.documents)
+        factors = self._decay
+        if not kept or config.order == "corpus" or factors is None or n != self._n_documents:
+            self.lora.draw(config.seed * 1_000_003 + (self._n_phases if kept else batch.index))
+            source, factors = np.concatenate([np.setdiff1d(source, batch.rows), batch.rows]), np.ones(len(source))
         if (source != np.arange(config.documents)).any() or (factors != 1).any():
-            self.lora.rearrange(torch.from_numpy(source).to(master.device), torch.from_numpy(factors).to(master))
+            device, dtype = self.lora.master.device, self.lora.master.dtype
+            self.lora.rearrange(torch.from_numpy(source).to(device), torch.from_numpy(factors).to(device, dtype))
         self.lora.reset()
-        self._rows, self._n_documents = rows, n
-        return inherits
+        self._n_documents = n
 
     def _chunk(self, number: int) -> _Launched:
         """Score a chunk; then, where any document goes on, a step with what was scored."""
@@ -151,7 +147,7 @@ class BatchScorer:
                 f"batch {self._batch.index}, chunk {launched.number}: {self._means[-1]:.4g} nats a token, "
                 f"{self._means[0]:.4g} in the first"
             )
-            self._rows = None
+            self._decay = None
             self.lora.silence()
             if not np.isfinite(self._means[-1]):
                 losses = _losses_of(self._chunk(launched.number))

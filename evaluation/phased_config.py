@@ -39,7 +39,8 @@ class PhasedConfig:
     """y += alpha / rank B A x; 0: B A x."""
     targets: tuple[Target, ...] = ALL_TARGETS
     a_at_reset: Literal["redrawn", "kept"] = "redrawn"
-    """`kept`: a row's matrix A passes from a document to the next (PR #1767)."""
+    """`kept`: a row's matrix A passes from a document to the next (PR #1767), and so depends on which batches its rank
+    had before. In corpus order, where nothing may, every batch begins with the same ones."""
     lr: float = 1e-4
     beta2: float = 0.999
     eps: float = 1e-10

@@ -98,7 +98,7 @@ class BruteForce:
     def _batch(self, index: int, batch: list[int]) -> None:
         config = self.config
         resized = config.order == "longest-first" and self.last_size not in (None, len(batch))
-        if self.a is None or config.a_at_reset == "redrawn" or resized:
+        if self.a is None or config.a_at_reset == "redrawn" or resized or config.order == "corpus":
             self.a = self.draw(index if config.a_at_reset == "redrawn" else self.n_phases)
         self.last_size = len(batch)
         longest, chunk = max(len(self.documents[d]) for d in batch), config.chunk

@@ -7,6 +7,7 @@ would wait for the host, which takes longer to launch 48 columns of 64 documents
 compiled for a shape, so a new width costs one launched step and one capture.
 """
 
+import gc
 from collections import Counter
 from typing import NamedTuple
 
@@ -99,14 +100,21 @@ class ChunkStep:
     def warm_up(self, shapes: list[Shape]) -> None:
         """Launches and captures them, on random ids. The adapters' gradients are left in disorder."""
         for shape in shapes:
-            whole = torch.full((shape.rows,), shape.width)
-            scored = whole - shape.chunk
-            plan = torch.stack([torch.zeros_like(whole), whole, scored, scored, torch.ones_like(whole)])
-            self._launch(plan.to(self.device), shape)
-            if self._graphs:
-                self._capture(shape)
-        if self._graphs:
-            torch.cuda.empty_cache()  # the graphs have memory of their own
+            self.rehearse(shape)
+        if not self._graphs:
+            return
+        gc.freeze()  # each capture collects garbage, and would look through all that there is
+        for shape in shapes:
+            self._capture(shape)
+        gc.unfreeze()
+        torch.cuda.empty_cache()  # the graphs have memory of their own
+
+    def rehearse(self, shape: Shape) -> None:
+        """One step on random ids."""
+        whole = torch.full((shape.rows,), shape.width)
+        scored = whole - shape.chunk
+        plan = torch.stack([torch.zeros_like(whole), whole, scored, scored, torch.ones_like(whole)])
+        self._launch(plan.to(self.device), shape)
 
     def __call__(self, chunk: Chunk, shape: Shape) -> Fetched:
         """Losses (rows, chunk), of which those of the last rows mean something; rows before are padding."""

@@ -160,7 +160,8 @@ class LoRA:
         c, last = self.config, slice(len(self.master) - rows, None)
         self.step_number += 1
         flat = (x[last].view(-1) for x in (self.master, self.second, self.gradients, self.weights))
-        self.adamw(*flat, self.step_number, c.lr, c.beta2, c.eps, c.weight_decay)
+        correction = (1 - c.beta2**self.step_number).rsqrt()  # here: inside it would be a power an element
+        self.adamw(*flat, correction, c.lr, c.beta2, c.eps, c.weight_decay)
 
     def view(self, last: int, rows: int, anchor: Tensor) -> "View":
         """`rows` documents, the first of them the one that is `last` rows from the end."""
@@ -177,20 +178,20 @@ def adamw_(
     second: Tensor,
     gradient: Tensor,
     weights: Tensor,
-    step_number: Tensor,
+    correction: Tensor,
     lr: float,
     beta2: float,
     eps: float,
     decay: float,
 ) -> None:
-    """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. step_number: from 1.
+    """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. correction: 1 - beta2^t to
+    the power of -1/2 in step t = 1, 2, ...
 
     `weights` becomes the rounded master; it may be the master itself. Compiled, it is one pass.
     """
     g = gradient.to(master.dtype)
     second.lerp_(g * g, 1 - beta2)
-    corrected = second / (1 - beta2**step_number)
-    master.mul_(1 - lr * decay).sub_(lr * g / (corrected.sqrt() + eps))
+    master.mul_(1 - lr * decay).sub_(lr * g / (second.sqrt() * correction + eps))
     weights.copy_(master)
 
 
@@ -309,14 +310,14 @@ class _Output(torch.autograd.Function):
 
 
 class _Add(torch.autograd.Function):
-    """y + h Bᵀ with h = s x Aᵀ, channels as in `_Output`; over y."""
+    """y + h Bᵀ with h = s x Aᵀ, channels as in `_Output`; over y, which nobody has kept."""
 
     @staticmethod
     def forward(ctx, y, x, anchor, a: Pair, b: Pair, channels, scale: float):
         scaled = b.weight * channels.to(b.weight.dtype)[:, None]
         h = _times(_by_document(x, len(a.weight)), a.weight.mT, scale)
+        y = y.detach()  # autograd, told of the change in place, would copy y's gradient three times
         _by_document(y, len(h)).baddbmm_(h, scaled.mT)
-        ctx.mark_dirty(y)
         ctx.save_for_backward(x, h, scaled, channels)
         ctx.a, ctx.b, ctx.scale = a, b, scale
         return y

@@ -20,6 +20,7 @@ published scripts compute all 16 rows to the end.
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,10 +40,11 @@ from niblick.evaluation.score import Progress, Record, Score, check_tilt
 from niblick.evaluation.validation import ValidationSet
 from niblick.model.config import ConfigError
 from niblick.model.gpt import GPT
+from niblick.model.rehearsal import alongside
 
 __all__ = ["PHASED", "PhasedConfig", "phased_score"]
 
-COMMON = 64
+COMMON = 40
 """Shapes of steps that are captured before the first document."""
 
 
@@ -137,8 +139,9 @@ class _Run:
             if self.model.embedding.is_cuda:
                 # A batch's last chunk is not stepped on; what is rare makes do with these, or is captured as it comes.
                 found = Counter(shape for shapes in self.shapes for shape in shapes[:-1])
+                with alongside([partial(step.rehearse, shape) for shape in list(found)[:1]]):
+                    lora.step(self.config.documents)
                 step.warm_up([shape for shape, times in found.most_common(COMMON) if times > OFTEN])
-                lora.step(self.config.documents)
         with self.clock.part("precompute"):
             step.load(self.data.tokens, self.hints)
         self.scorer = BatchScorer(self.documents, self.config, lora, step)

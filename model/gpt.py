@@ -24,7 +24,7 @@ from niblick.kernels.linear_softcapped_ce import linear_softcapped_ce
 from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.attention import Attend, attend_plain
 from niblick.model.config import ConfigError, GPTConfig
-from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, rms_norm
+from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, mix_lanes, rms_norm
 from niblick.model.ops import choose_ops
 
 MAX_GATE_WINDOW = 64  # channels that xsa_gate multiplies by itself; wider gates are a GEMM beforehand
@@ -328,11 +328,7 @@ class GPT(nn.Module):
         m = self._mlp(step, rms_norm(b) * scale, shared)
         if self.config.parallel == "two_lane":
             return u + attn, b + m
-        resid, post = self.lane_resid[layer].to(a.dtype), self.lane_post[layer].to(a.dtype)
-        return (
-            resid[0] * a + post[0, 0] * attn + post[1, 0] * m,
-            resid[1] * b + post[0, 1] * attn + post[1, 1] * m,
-        )
+        return mix_lanes(a, b, attn, m, self.lane_resid[layer], self.lane_post[layer])
 
     def _attention(self, step: Step, n: Tensor, head: Tensor | None, shared: Shared) -> Tensor:
         """`head`: the first channels of n, where they open the gates."""

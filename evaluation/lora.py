@@ -184,8 +184,8 @@ def adamw_(
     eps: float,
     decay: float,
 ) -> None:
-    """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. correction: 1 - beta2^t to
-    the power of -1/2 in step t = 1, 2, ...
+    """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. correction:
+    (1 - beta2^t)^(-1/2) in step t = 1, 2, ...
 
     `weights` becomes the rounded master; it may be the master itself. Compiled, it is one pass.
     """

@@ -89,6 +89,8 @@ def _check(model: GPT, data: ValidationSet, hints: Hints | None) -> None:
         )
     if hints is not None:
         check_tilt(model.config)
+    if getattr(model, "ngram_bias", None) is not None:
+        raise ConfigError("phased: expected a model without n-gram tables, which its adapters' logits would lack")
 
 
 class _Run:

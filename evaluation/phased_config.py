@@ -109,11 +109,12 @@ PR1953 = replace(PR1855, lr=0.75e-4, documents=24, targets=("k", "o", "mlp", "he
 PR2014 = replace(PR1953, window=3072, short_chunks=((256, 8), (2000, 24)), phases=1)
 
 PHASED: dict[str, PhasedConfig] = {
+    "pr1855": PR1855,
     "pr1530": PR1530,
     "pr1610": PR1610,
     **dict.fromkeys(("pr1626", "pr1729", "pr1736"), PR1626),
     **dict.fromkeys(("pr1787", "pr1851", "pr1934"), PR1787),
-    "pr1855": PR1855,
     "pr1953": PR1953,
     "pr2014": PR2014,
 }
+"""The default first."""

@@ -3,7 +3,8 @@
 A linear map y = W x gains s B A x, A (r, in), B (out, r), s = alpha / r. Queries, keys, values, and an addition to the
 attention's output, all read the attention's input n; another reads the MLP's input and is added to its output; the last
 is the head's. Additions to outputs come before the layer scales, which the model has folded into W and which here
-multiply the rows of B. Rows of a forward are documents: x is (d w, in), d rows of w tokens.
+multiply the rows of B as these are rounded to the model's dtype. Rows of a forward are documents: x is (d w, in), d
+rows of w tokens.
 
 Layout: everything of a document is one row of flat (d, P) buffers, all A first. So an optimizer step is one pass over
 one tensor, a reset is a fill, the last documents of a batch are a slice, and a product over all documents is one
@@ -91,9 +92,9 @@ class Layout:
 class LoRA:
     """The adapters of up to `config.documents` documents, on the model's device.
 
-    `master` and `second`, AdamW's mean of squares, are float32 (float64 for a float64 model); `weights` and `gradients`
-    are of the model's dtype. Documents take the last rows, so that those still going are a slice when the rows are
-    sorted by length.
+    `master` and `second`, AdamW's mean of squares, are float32 (float64 for a float64 model); `weights`, the master
+    times the layer scales in `channels` (1, P), and their `gradients` are of the model's dtype. Documents take the last
+    rows, so that those still going are a slice when the rows are sorted by length.
     """
 
     def __init__(self, model: GPT, config: PhasedConfig) -> None:
@@ -107,7 +108,8 @@ class LoRA:
         self.master = torch.zeros(shape, dtype=wide, device=device)
         self.second = torch.zeros(shape, dtype=wide, device=device)
         self.gradients = torch.zeros(shape, dtype=dtype, device=device)
-        self.weights = self.master if wide == dtype else torch.zeros(shape, dtype=dtype, device=device)
+        self.weights = torch.zeros(shape, dtype=dtype, device=device)
+        self.channels = torch.ones(1, self.layout.n, dtype=wide, device=device)
         self.step_number = torch.zeros((), dtype=wide, device=device)
         self.adamw = torch.compile(adamw_, dynamic=True) if device.type == "cuda" else adamw_
         self.base: dict[str, list[Tensor]] = {}
@@ -144,24 +146,27 @@ class LoRA:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes the model's matrices anew, in the type in which they multiply; into the same memory."""
+        """Takes the model's matrices and layer scales anew; into the same memory."""
+        for slot, step in enumerate(self.model.orders[True]):
+            for target, scales in (("o", self.model.attn_scale), ("mlp", self.model.mlp_scale)):
+                if (slot, target) in self.layout.places:
+                    self.layout.places[slot, target].of(self.channels).copy_(scales[step.layer][:, None])
         for role, matrices in self.model.weights.items():
             fresh = [m.to(self.model.embedding.dtype) for m in matrices]
             for kept, new in zip(self.base.setdefault(role, fresh), fresh, strict=True):
                 kept.copy_(new)
 
     def _round(self) -> None:
-        if self.weights is not self.master:
-            self.weights.copy_(self.master)
+        torch.mul(self.master, self.channels, out=self.weights)
 
     @torch.no_grad()
     def step(self, rows: int) -> None:
         """AdamW on the last `rows` documents, with the gradients that the backward pass has left."""
         c, last = self.config, slice(len(self.master) - rows, None)
         self.step_number += 1
-        flat = (x[last].view(-1) for x in (self.master, self.second, self.gradients, self.weights))
+        rows = (x[last] for x in (self.master, self.second, self.gradients, self.weights))
         correction = (1 - c.beta2**self.step_number).rsqrt()  # here: inside it would be a power an element
-        self.adamw(*flat, correction, c.lr, c.beta2, c.eps, c.weight_decay)
+        self.adamw(*rows, self.channels, correction, c.lr, c.beta2, c.eps, c.weight_decay)
 
     def view(self, last: int, rows: int, anchor: Tensor) -> "View":
         """`rows` documents, the first of them the one that is `last` rows from the end."""
@@ -178,6 +183,7 @@ def adamw_(
     second: Tensor,
     gradient: Tensor,
     weights: Tensor,
+    channels: Tensor,
     correction: Tensor,
     lr: float,
     beta2: float,
@@ -187,12 +193,12 @@ def adamw_(
     """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. correction:
     (1 - beta2^t)^(-1/2) in step t = 1, 2, ...
 
-    `weights` becomes the rounded master; it may be the master itself. Compiled, it is one pass.
+    `weights` becomes master times channels, which `gradient` is of. Compiled, it is one pass.
     """
-    g = gradient.to(master.dtype)
+    g = gradient.to(master.dtype) * channels
     second.lerp_(g * g, 1 - beta2)
     master.mul_(1 - lr * decay).sub_(lr * g / (second.sqrt() * correction + eps))
-    weights.copy_(master)
+    weights.copy_(master * channels)
 
 
 @dataclass(frozen=True)
@@ -224,13 +230,13 @@ class View:
     def output(self, slot: int, y: Tensor, weight: Tensor, low: Tensor | None) -> Tensor:
         if low is None:
             return y @ weight.T
-        return _Output.apply(y, low, weight, self.pairs[slot, "o"], self._layer_scale("attn_scale", slot))
+        return _Output.apply(y, low, weight, self.pairs[slot, "o"])
 
     def mlp(self, slot: int, n: Tensor, m: Tensor) -> Tensor:
         if (slot, "m") not in self.pairs:
             return m
         a, b = self.pairs[slot, "m"], self.pairs[slot, "mlp"]
-        return _Add.apply(m, n, self.anchor, a, b, self._layer_scale("mlp_scale", slot), self.lora.config.scale)
+        return _Add.apply(m, n, self.anchor, a, b, self.lora.config.scale)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Raw logits of hidden states, as `GPT.head`: as many of each document."""
@@ -240,10 +246,6 @@ class View:
         up = Up(self.pairs[-1, "head"], slice(None), slice(None))
         scale = self.lora.config.scale
         return _Project.apply(hidden, self.anchor, model.embedding, self.pairs[-1, "h"], [up], None, scale)[0]
-
-    def _layer_scale(self, name: str, slot: int) -> Tensor:
-        model = self.lora.model
-        return getattr(model, name)[model.orders[True][slot].layer]
 
 
 # ---- the products: x (d w, in), A (d, R, in), B (d, out, r); gradients of A and B go where the pair says -------------
@@ -291,49 +293,45 @@ class _Project(torch.autograd.Function):
 
 
 class _Output(torch.autograd.Function):
-    """y = x Wᵀ + h Bᵀ, the channels of the second term times `channels` (out,)."""
+    """y = x Wᵀ + h Bᵀ."""
 
     @staticmethod
-    def forward(ctx, x, h, weight, b: Pair, channels):
-        scaled = b.weight * channels.to(b.weight.dtype)[:, None]
+    def forward(ctx, x, h, weight, b: Pair):
         y = x @ weight.T
-        _by_document(y, len(h)).baddbmm_(h, scaled.mT)
-        ctx.save_for_backward(h, weight, scaled, channels)
+        _by_document(y, len(h)).baddbmm_(h, b.weight.mT)
+        ctx.save_for_backward(h, weight)
         ctx.b = b
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        h, weight, scaled, channels = ctx.saved_tensors
-        dh = _into_b(dy, h, scaled, channels, ctx.b)
-        return dy @ weight, dh, None, None, None
+        h, weight = ctx.saved_tensors
+        return dy @ weight, _into_b(dy, h, ctx.b), None, None
 
 
 class _Add(torch.autograd.Function):
-    """y + h Bᵀ with h = s x Aᵀ, channels as in `_Output`; over y, which nobody has kept."""
+    """y + h Bᵀ with h = s x Aᵀ; over y, which nobody has kept."""
 
     @staticmethod
-    def forward(ctx, y, x, anchor, a: Pair, b: Pair, channels, scale: float):
-        scaled = b.weight * channels.to(b.weight.dtype)[:, None]
+    def forward(ctx, y, x, anchor, a: Pair, b: Pair, scale: float):
         h = _times(_by_document(x, len(a.weight)), a.weight.mT, scale)
         y = y.detach()  # autograd, told of the change in place, would copy y's gradient three times
-        _by_document(y, len(h)).baddbmm_(h, scaled.mT)
-        ctx.save_for_backward(x, h, scaled, channels)
+        _by_document(y, len(h)).baddbmm_(h, b.weight.mT)
+        ctx.save_for_backward(x, h)
         ctx.a, ctx.b, ctx.scale = a, b, scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, h, scaled, channels = ctx.saved_tensors
-        dh = _into_b(dy, h, scaled, channels, ctx.b)
+        x, h = ctx.saved_tensors
+        dh = _into_b(dy, h, ctx.b)
         _times(dh.mT, _by_document(x, len(h)), ctx.scale, out=ctx.a.gradient)
         dx = _times(dh, ctx.a.weight, ctx.scale).view_as(x) if ctx.needs_input_grad[1] else None
-        return dy, dx, *(None,) * 5
+        return dy, dx, *(None,) * 4
 
 
-def _into_b(dy: Tensor, h: Tensor, scaled: Tensor, channels: Tensor, b: Pair) -> Tensor:
+def _into_b(dy: Tensor, h: Tensor, b: Pair) -> Tensor:
     """Writes the gradient of B; returns that of h."""
     dy_rows = _by_document(dy, len(h))
     torch.bmm(dy_rows.mT, h, out=b.gradient)
-    b.gradient.mul_(channels.to(b.gradient.dtype)[:, None])
-    return torch.bmm(dy_rows, scaled)
+    return torch.bmm(dy_rows, b.weight)

@@ -73,15 +73,18 @@ def phased_score(
     ConfigError for packed weights, a stream that does not begin with a document, or hints for a model with two caps.
     """
     began = time.perf_counter()
-    _check(model, data, hints)
+    _check(model, data, config, hints)
     with parameters_kept(model):
         model.eval().requires_grad_(False)
         score = _Run(model, data, config, hints, progress, record, clock or Clock()).everything()
     return replace(score, seconds=time.perf_counter() - began)
 
 
-def _check(model: GPT, data: ValidationSet, hints: Hints | None) -> None:
+def _check(model: GPT, data: ValidationSet, config: PhasedConfig, hints: Hints | None) -> None:
     require_dense(model, "phased")
+    if config.phases and config.sgd_segment > model.config.max_segment:
+        longest = model.config.max_segment
+        raise ConfigError(f"phased.sgd_segment must be at most the model's {longest}: got {config.sgd_segment}")
     if len(data.tokens) < 2 or data.tokens[0] != model.config.bos_id:
         raise ConfigError(
             f"phased: expected a stream of at least 2 tokens that begins with a document (id {model.config.bos_id}),"

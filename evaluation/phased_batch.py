@@ -123,7 +123,6 @@ class BatchScorer:
         shape = shape_of(batch, number, m, self.config)._replace(steps=goes_on)
         still = batch._replace(documents=batch.documents[m > number])
         chunk = chunk_of(self.documents, still, number, shape.width, self.config)
-        scores.events = [event for event in scores.events if event[1] != number]  # of a launch that was given up
         launched = _Launched(number, chunk, self._score(number, chunk, shape))
         if goes_on:
             self._step(number, shape.rows)
@@ -149,7 +148,12 @@ class BatchScorer:
             )
             self._decay = None
             self.lora.silence()
-            if not np.isfinite(self._means[-1]):
+            finite = np.isfinite(self._means[-1])
+            end = launched.number + 1 if finite else launched.number
+            self._scores.events = [
+                event for event in self._scores.events if event[1] < kept
+            ]  # the rest counts for nothing
+            if not finite:
                 losses = _losses_of(self._chunk(launched.number))
         for kept, new in zip(self._losses[len(self._losses) - len(losses) :], losses, strict=True):
             kept.append(new)

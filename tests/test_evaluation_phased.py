@@ -207,7 +207,9 @@ def test_a_phase_that_diverges_is_undone() -> None:
 def test_refuses() -> None:
     tokens = stream()
     with pytest.raises(ConfigError, match="begins with a document"):
-        phased_score(model(), ValidationSet(tokens[1:], np.ones(len(tokens) - 1, np.int16)), PHASED["pr1855"])
+        phased_score(model(), ValidationSet(tokens[1:], np.ones(len(tokens) - 1, np.int16)), small("pr1855"))
+    with pytest.raises(ConfigError, match="sgd_segment"):
+        phased_score(model(), ValidationSet(tokens, np.ones(len(tokens), np.int16)), small("pr1855", sgd_segment=17))
     for wrong in ({"targets": ()}, {"order": "shortest"}, {"window": 7}, {"prefix": 2}, {"sgd_row": 5}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(PHASED["pr1855"], **wrong)

@@ -149,10 +149,8 @@ class BatchScorer:
             self._decay = None
             self.lora.silence()
             finite = np.isfinite(self._means[-1])
-            end = launched.number + 1 if finite else launched.number
-            self._scores.events = [
-                event for event in self._scores.events if event[1] < kept
-            ]  # the rest counts for nothing
+            end = launched.number + (1 if finite else 0)  # what came after it counts for nothing
+            self._scores.events = [event for event in self._scores.events if event[1] < end]
             if not finite:
                 losses = _losses_of(self._chunk(launched.number))
         for kept, new in zip(self._losses[len(self._losses) - len(losses) :], losses, strict=True):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from niblick.data.command_line import nearest, parse
-from niblick.evaluation.adaptation import require_dense
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.hints import Hints, token_hints
 from niblick.evaluation.score import Progress, Record, Score, score
@@ -80,8 +79,6 @@ def evaluate_model(
     """
     began, clock = time.perf_counter(), clock or Clock(config.budget_s)
     settings, method = settings_of(config), METHODS[config.method]
-    if method.adapts:
-        require_dense(model, config.method)
     if _compiles(model):
         with clock.part("compile"):
             rehearse(model, config, tilted=tilt is not None)

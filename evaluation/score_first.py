@@ -107,18 +107,18 @@ def score_first(
         adaptation = _Adaptation(model, data, config, settings, hints, start, len(chunks), record)
         total = Score(0.0, 0, 0, 0.0)
         for chunk, windows in enumerate(chunks):
-            shown = progress and _of_all(progress, total.n_targets, n_rows)
             probe, rest = windows[: settings.probe_windows], windows[settings.probe_windows :]
-            options = {"progress": shown, "record": record, "clock": clock}
             with clock.part("score"):
-                first = adaptation.score(probe, **options)
-                scored = first.plus(adaptation.score(rest, **options)) if not first.partial else first
-            total = total.plus(scored)
+                first = adaptation.score(probe, total.n_targets, progress, record=record, clock=clock)
+                total = total.plus(first)
+                left = () if total.partial else rest
+                second = adaptation.score(left, total.n_targets, progress, record=record, clock=clock)
+                total = total.plus(second)
             if total.partial:
                 break
             if chunk < len(chunks) - 1:
                 with clock.part("adapt"):
-                    adaptation.go_on(chunk, probe, first, scored)
+                    adaptation.go_on(chunk, probe, first, second)
             clock.foresee((chunk + 1) / len(chunks))
     return replace(total, notes=(adaptation.said(),))
 
@@ -135,10 +135,6 @@ def training_windows(chunk: int, chunk_rows: int, length: int) -> list[Window]:
     """The sequences of a chunk that is not the last; their targets are all scored when its windows are."""
     first = chunk * chunk_rows
     return [Window(row, row + length, row) for row in range(first, first + chunk_rows // length * length, length)]
-
-
-def _of_all(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
 
 
 class _Adaptation:
@@ -159,31 +155,41 @@ class _Adaptation:
         self.start, self.n_chunks, self.trained, self.stopped = start, n_chunks, 0, ""
         self.worse: deque[float] = deque(maxlen=RECENT)
         self.optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, settings.momentum, foreach=True)
+        self.n_rows = rows_kept(len(data.tokens), config.sequence_length, config.tail)
         self.updated = getattr(record, "updated", lambda targets: None)
 
-    def score(self, windows: Sequence[Window], **options: object) -> Score:
+    def score(
+        self, windows: Sequence[Window], before: int = 0, progress: Progress | None = None, **options: object
+    ) -> Score:
+        """before: targets that were scored already, to which `progress` adds."""
         if not windows:
             return Score(0.0, 0, 0, 0.0)
-        batch = self.config.tokens_per_batch
         return score(
-            self.model, *(self.data.tokens, self.data.byte_counts), windows, tokens_per_batch=batch, hints=self.hints,
-            foresee=False, **options,
-        )  # fmt: skip
+            self.model,
+            self.data.tokens,
+            self.data.byte_counts,
+            windows,
+            tokens_per_batch=self.config.tokens_per_batch,
+            hints=self.hints,
+            progress=progress and (lambda done, _: progress(before + done, self.n_rows)),
+            foresee=False,
+            **options,
+        )
 
-    def go_on(self, chunk: int, probe: Sequence[Window], first: Score, scored: Score) -> None:
-        """After a chunk was scored: train on it, unless the guard has stopped or stops now."""
+    def go_on(self, chunk: int, probe: Sequence[Window], first: Score, rest: Score) -> None:
+        """After a chunk was scored, its probe and its rest: train on it, unless the guard has stopped or stops now."""
         if self.stopped:
             return
-        reason = f"its loss is {scored.nll}" if not math.isfinite(scored.nll) else ""
+        nll = first.nll + rest.nll
+        reason = f"its loss is {nll}" if not math.isfinite(nll) else ""
         frozen = self._of_the_start(probe) if self.trained and probe and not reason else first
         if probe and not reason:
             self.worse.append(first.nats_per_token - frozen.nats_per_token)
             reason = self._beyond(sum(self.worse) / len(self.worse), "on text new to it")
         reason = reason or self._train(chunk)
         if probe and not reason:
-            reason = self._beyond(
-                self.score(probe).nats_per_token - frozen.nats_per_token, "on text that it was trained on"
-            )
+            worse = self.score(probe).nats_per_token - frozen.nats_per_token
+            reason = self._beyond(worse, "on text that it was trained on")
         if reason:
             set_parameters(self.model, self.start)
             self.stopped = f"stopped at chunk {chunk} of {self.n_chunks}: {reason}; from there on scored without it"

@@ -389,8 +389,8 @@ class RunConfig:
     cuda_graphs: bool = True
     """Replay the compiled forward and backward as one CUDA graph (on a GPU)."""
     checkpoint_every_s: float = 0.0
-    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget;
-    in the last 5 s none is written."""
+    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget; in the last
+    5 s none is written, but one after the end, from which `resume` packs the model again without training."""
     resume: bool = False
     """Go on from the checkpoint in `out`, on any number of ranks (with data.loader sequences: on as many)."""
     deterministic: bool = False

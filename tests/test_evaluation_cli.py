@@ -254,6 +254,7 @@ def test_what_will_not_fit_is_refused_before_its_long_part(evaluate, folder, tmp
     shown = capsys.readouterr()
     assert shown.err.startswith("evaluate.py: expected an evaluation within 1 s: ") and shown.err.count("\n") == 1
     assert shown.out == "" and not out.exists() and len(calls) < 10
+    monkeypatch.undo()
     assert evaluate.command(options(folder, *words, "--budget-s", "1", "--over-budget", "run")) == 0
     assert "OVER THE BUDGET" in capsys.readouterr().out and json.loads(out.read_text())["targets"] == 44
 

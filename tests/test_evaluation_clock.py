@@ -1,5 +1,6 @@
 """The clock's parts add up to the wall clock, and the budget is kept or said."""
 
+import inspect
 import signal
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def work(clock, now, seconds_a_piece: list[float]) -> int:
     return done
 
 
+def test_of_several_ranks_the_first_one_judges(now, monkeypatch):
+    monkeypatch.setattr(clock_module, "place", lambda: (1, 2))
+    assert work(Clock(600.0, "refuse"), now, [1.2] * 1000) == 1000
+
+
 def test_what_will_not_fit_is_said_as_soon_as_the_rate_is_known(now):
     clock = Clock(600.0, "refuse")
     now(30)
@@ -111,11 +117,12 @@ def test_the_first_interrupt_asks_and_the_second_ends():
 
 
 @pytest.mark.skipif(process_age_s() is None, reason="the system does not tell when a process began")
-def test_the_clock_of_a_process_begins_with_it():
-    script = "import time; time.sleep(0.3); from niblick.evaluation.clock import Clock; c = Clock.of_process(1, 'run')"
+def test_the_age_of_a_process():
+    script = f"import os, time\nfrom pathlib import Path\n{inspect.getsource(process_age_s)}time.sleep(0.3)\n"
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", f"{script}; print(c.elapsed_s)"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"{script}print(process_age_s())"], capture_output=True, text=True)
     assert 0.3 < float(done.stdout) < time.perf_counter() - began + 0.05, done.stderr
+    assert Clock.of_process(1.0, "run").elapsed_s >= process_age_s() - 0.05
 
 
 def test_where_the_system_does_not_tell_it_begins_now(monkeypatch, now):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from configs import REFERENCE
 from numerics import SCORE_NATS
-from ranks import one_thread, run_ranks  # noqa: F401
+from ranks import one_thread  # noqa: F401
 
 from niblick.artifact.container import ILLEGAL, read_artifact
 from niblick.evaluation.audit_own import tiny_model
@@ -79,16 +79,6 @@ def test_equal_to_brute_force():
     assert not torch.equal(ours.mlp_up_bank[1], start["mlp_up_bank"][1])
     assert len(lines) == 3 and all(line.startswith("ILLEGAL training on the validation stream") for line in lines)
     assert not ours.training and ours.embedding.grad is None
-
-
-def in_a_rank(rank: int) -> list[float]:
-    return train_on_validation(tiny_model(**ROWS), make_tokens(), EVALUATION, SETTINGS)
-
-
-def test_two_ranks_are_one():
-    one = in_a_rank(0)
-    for found in run_ranks(in_a_rank, 2):
-        assert np.abs(np.array(found) - one).max() < SCORE_NATS
 
 
 def test_published_settings():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numerics import RANK_NATS, SCORE_NATS
 from ranks import one_thread, run_ranks  # noqa: F401
 
 from niblick.evaluation import score as score_module
+from niblick.evaluation import score_first as score_first_module
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.run import evaluate_model, rehearse, settings_of
@@ -162,11 +164,22 @@ def test_equal_to_brute_force(config, hinted):
 
 
 def test_scores_come_before_steps_and_the_last_chunk_is_never_trained_on():
-    recorder = Recorder()
-    score_first(make_model(), make_data(), EVALUATION, SETTINGS, record=recorder)
+    class InTraining(Recorder):
+        def updated(self, targets):
+            assert model.training
+            super().updated(targets)
+
+    recorder, model = InTraining(), make_model()
+    score_first(model, make_data(), EVALUATION, SETTINGS, record=recorder)
     updates = [targets for kind, targets in recorder.events if kind == "updated"]
     assert len(updates) == 9 and recorder.events[-1][0] == "scored"
     assert updates[::3] == [list(range(c * CHUNK + 1, (c + 1) * CHUNK + 1)) for c in range(3)]
+
+
+def test_progress_goes_up_to_all_targets():
+    seen = []
+    score_first(make_model(), make_data(), EVALUATION, SETTINGS, progress=lambda *counts: seen.append(counts))
+    assert seen == sorted(seen) and seen[-1] == (N - 1, N - 1) and len({done for done, _ in seen}) == len(seen)
 
 
 def test_learned_softcaps_move():
@@ -238,15 +251,30 @@ def test_divergence_is_detected_and_the_rest_scored_without(settings, reason):
     assert found.n_targets == N - 1 and np.isfinite(found.nll)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_its_step(monkeypatch):
-    from niblick.evaluation import score_first as module
+def test_a_loss_that_is_not_finite_stops_the_adaptation(monkeypatch):
+    def spoil(model, packed, *arguments):
+        losses = token_nll(model, packed, *arguments)
+        return torch.where(torch.from_numpy(packed.targets) == 45, torch.nan, losses)
 
+    token_nll = score_module.token_nll
+    monkeypatch.setattr(score_module, "token_nll", spoil)
+    found = score_first(make_model(), make_data(), EVALUATION, replace(SETTINGS, probe_windows=1))
+    assert "stopped at chunk 2 of 4: its loss is nan" in found.notes[0] and math.isnan(found.nll)
+
+
+def test_a_probe_that_is_not_finite_is_beyond_every_limit():
+    guard = SimpleNamespace(settings=SETTINGS)
+    assert "nan nats a token worse" in score_first_module._Adaptation._beyond(guard, math.nan, "here")
+    assert score_first_module._Adaptation._beyond(guard, -1.0, "here") == ""
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_step(monkeypatch):
     def spoil(model, *arguments):
         gradients(model, *arguments)
         model.embedding.grad[0, 0] = float("nan")
 
-    gradients = module.mean_gradients
-    monkeypatch.setattr(module, "mean_gradients", spoil)
+    gradients = score_first_module.mean_gradients
+    monkeypatch.setattr(score_first_module, "mean_gradients", spoil)
     found = score_first(make_model(), make_data(), EVALUATION, SETTINGS)
     assert "stopped at chunk 0 of 4: its gradient's norm is nan" in found.notes[0] and np.isfinite(found.nll)
 

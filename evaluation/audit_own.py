@@ -97,7 +97,7 @@ class ModelScorer:
         store = dist.HashStore()
 
         def run(rank: int) -> float:
-            with ranks.using(dist.ProcessGroupGloo(store, rank, n_ranks, PATIENCE)):
+            with ranks.using(dist.ProcessGroupGloo(store, rank, n_ranks, PATIENCE), store):
                 return self._evaluate(models[rank], tokens, None, None).nll
 
         models = [copy.deepcopy(self.model) for _ in range(n_ranks)]

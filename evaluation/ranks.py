@@ -1,6 +1,7 @@
 """An evaluation on several ranks: who does what, and sums over all. One process is one rank that needs no other.
 
-The ranks are those of torch.distributed's default group, or of the group that `using` names, in its thread.
+The ranks are those of torch.distributed's default group, or of the group that `using` names, in its thread; so is the
+store through which they found each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,22 +11,30 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 T = TypeVar("T")
-_group: ContextVar["dist.ProcessGroup | None"] = ContextVar("group", default=None)
+_named: ContextVar["tuple[dist.ProcessGroup, dist.Store] | None"] = ContextVar("named", default=None)
 
 
 @contextmanager
-def using(group: dist.ProcessGroup) -> Iterator[None]:
-    token = _group.set(group)
+def using(group: dist.ProcessGroup, store: dist.Store) -> Iterator[None]:
+    token = _named.set((group, store))
     try:
         yield
     finally:
-        _group.reset(token)
+        _named.reset(token)
 
 
 def _current() -> dist.ProcessGroup | None:
-    return _group.get() or (dist.group.WORLD if dist.is_initialized() else None)
+    named = _named.get()
+    return named[0] if named else dist.group.WORLD if dist.is_initialized() else None
+
+
+def store() -> dist.Store:
+    """Shared by the ranks, of which there are several."""
+    named = _named.get()
+    return named[1] if named else _get_default_store()
 
 
 def place() -> tuple[int, int]:

@@ -105,7 +105,7 @@ def score(
     """
     require_targets(windows, len(tokens))
     if hints is not None:
-        _check_tilt(model.config)
+        check_tilt(model.config)
     began, was_training, windows, everything = time.perf_counter(), model.training, own_share(windows), windows
     nll = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
     n_targets, n_bytes, total = 0, 0, _count_targets(windows)
@@ -145,7 +145,7 @@ def _count_targets(windows: Sequence[Window]) -> int:
     return sum(window.end - window.first_scored for window in windows)
 
 
-def _check_tilt(config: GPTConfig) -> None:
+def check_tilt(config: GPTConfig) -> None:
     if config.asymmetric_softcap:
         raise ConfigError("score: the n-gram tilt expected one softcap, found model.asymmetric_softcap")
     largest = (MAX_EXPONENT - math.log(config.vocab_size)) / 2

@@ -11,6 +11,7 @@ import numpy as np
 from niblick.data.command_line import nearest, parse
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.hints import Hints, token_hints
+from niblick.evaluation.phased import PHASED, PhasedConfig, phased_score
 from niblick.evaluation.score import Progress, Record, Score, score
 from niblick.evaluation.score_first import SCORE_FIRST, score_first
 from niblick.evaluation.validation import ValidationSet
@@ -26,11 +27,12 @@ RAGGED = 7
 class EvaluationMethod(NamedTuple):
     """score(model, data, config, settings, *, hints, progress, record, clock) -> Score. variants: its settings by name,
     the default first; empty where EvalConfig says everything. rehearsal(config, settings): tokens of a stream whose
-    evaluation launches all that the real one will. adapts: it trains the model, and puts it back. small: settings with
-    which it does all that it ever does within a hundred tokens, for the audit."""
+    evaluation launches all that the real one will; None: the method sees to that itself. adapts: it trains the model,
+    and puts it back. small: settings with which it does all that it ever does within a hundred tokens, for the audit.
+    """
 
     score: Callable[..., Score]
-    rehearsal: Callable[[EvalConfig, object], int]
+    rehearsal: Callable[[EvalConfig, object], int] | None
     variants: Mapping[str, object] = MappingProxyType({})
     adapts: bool = False
     small: tuple[str, ...] = ()
@@ -39,6 +41,10 @@ class EvaluationMethod(NamedTuple):
 def _score_windows(model: GPT, data: ValidationSet, config: EvalConfig, settings: None, **options: object) -> Score:
     windows = windows_of(config, len(data.tokens))
     return score(model, data.tokens, data.byte_counts, windows, tokens_per_batch=config.tokens_per_batch, **options)
+
+
+def _phased(model: GPT, data: ValidationSet, config: EvalConfig, settings: PhasedConfig, **options: object) -> Score:
+    return phased_score(model, data, settings, **options)
 
 
 METHODS = {
@@ -54,6 +60,7 @@ METHODS = {
         adapts=True,
         small=("chunk_rows=32", "learning_rate=0.1"),
     ),
+    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True),
 }
 """A method is an entry here, and its name one of `model.config.Method`."""
 
@@ -79,7 +86,7 @@ def evaluate_model(
     """
     began, clock = time.perf_counter(), clock or Clock(config.budget_s)
     settings, method = settings_of(config), METHODS[config.method]
-    if _compiles(model):
+    if method.rehearsal and _compiles(model):
         with clock.part("compile"):
             rehearse(model, config, tilted=tilt is not None)
     hints = None

@@ -78,13 +78,13 @@ class Shared(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One executed layer: its place in the order, which weights, which skip row it pops (or None), whether its output
-    is pushed."""
+    """One executed layer: which weights, which skip row it pops (or None), whether its output is pushed, its place in
+    the order."""
 
-    slot: int
     layer: int
     skip_row: int | None
     push: bool
+    slot: int
 
 
 def execution_order(config: GPTConfig, looping: bool) -> list[Step]:
@@ -95,7 +95,7 @@ def execution_order(config: GPTConfig, looping: bool) -> list[Step]:
     for position, layer in enumerate(layers):
         encoder, row = position < n_encoder, position - n_encoder
         pops = config.skips and not encoder and depth > 0 and row < skip_rows(config)
-        steps.append(Step(position, layer, row if pops else None, encoder and config.skips))
+        steps.append(Step(layer, row if pops else None, encoder and config.skips, position))
         depth += 1 if encoder else -1 if pops else 0
     return steps
 
@@ -288,9 +288,9 @@ class GPT(nn.Module):
             stack[-1] = sums[2]
         attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
         if c.parallel == "single" and layer >= c.parallel_start:
-            return Stream(u + attn, self._mlp(step, n, shared))
+            return Stream(u + attn, self._adapted_mlp(step, n, shared))
         y, n = self.ops.residual(u, attn, norm_scale=self._norm_scale(layer))
-        return Stream(y, self._mlp(step, n, shared))
+        return Stream(y, self._adapted_mlp(step, n, shared))
 
     def _norm_scale(self, layer: int) -> float:
         return (layer + 1) ** -0.5 if self.config.ln_scale else 1.0
@@ -325,7 +325,7 @@ class GPT(nn.Module):
         sums = self.ops.residual(a, shared.x0, *self.resid_mix[layer], head=self.gate_head, norm_scale=scale)
         u, n = sums[:2]
         attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
-        m = self._mlp(step, rms_norm(b) * scale, shared)
+        m = self._adapted_mlp(step, rms_norm(b) * scale, shared)
         if self.config.parallel == "two_lane":
             return u + attn, b + m
         return mix_lanes(a, b, attn, m, self.lane_resid[layer], self.lane_post[layer])
@@ -371,11 +371,11 @@ class GPT(nn.Module):
             logits = logits + self.gate_bias[layer].to(x.dtype)
         return self.ops.xsa(y, value, gate_scale=scale, gate_logits=logits, amplitude=amplitude)
 
-    def _mlp(self, step: Step, n: Tensor, shared: Shared) -> Tensor:
-        m = self._feed_forward(step.layer, n, shared.weights)
+    def _adapted_mlp(self, step: Step, n: Tensor, shared: Shared) -> Tensor:
+        m = self._mlp(step.layer, n, shared.weights)
         return shared.adapter.mlp(step.slot, n, m) if shared.adapter else m
 
-    def _feed_forward(self, layer: int, n: Tensor, weights: dict[str, list]) -> Tensor:
+    def _mlp(self, layer: int, n: Tensor, weights: dict[str, list]) -> Tensor:
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]
         dropout = self.training and c.norm_dropout_quantile
         packed = isinstance(up, PackedMatrix) or isinstance(down, PackedMatrix)

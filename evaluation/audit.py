@@ -1,6 +1,6 @@
 """Audit a way of scoring: tests T1 to T16 of the legality of a bits-per-byte score.
 
-    python -m niblick.evaluation.audit plain|sliding|score-first [--tilt] [--data FOLDER]
+    python -m niblick.evaluation.audit plain|sliding|score-first|phased [--tilt] [--data FOLDER]
     python -m niblick.evaluation.audit FILE.py:NAME --vocab-size V
 
 A small random model is scored; what is tested is the method. NAME in FILE.py is any scorer, as `audit_protocol`
@@ -25,9 +25,10 @@ from niblick.evaluation import audit_causal, audit_claims, audit_order
 from niblick.evaluation.audit_case import SCORE_NATS, Case, make_stream, score
 from niblick.evaluation.audit_isolation import isolation
 from niblick.evaluation.audit_own import ModelScorer, tiny_model
+from niblick.evaluation.audit_phased import PhasedScorer
 from niblick.evaluation.audit_protocol import Scorer
 from niblick.evaluation.audit_report import Report, run_test
-from niblick.evaluation.run import METHODS
+from niblick.evaluation.run import METHODS, settings_of
 from niblick.model.config import ConfigError, EvalConfig
 
 TESTS = (
@@ -160,9 +161,10 @@ def _own(arguments: Arguments, vocab_size: int, processor) -> ModelScorer:
         stride=arguments.stride,
         tokens_per_batch=64,
     )
-    return ModelScorer(
-        tiny_model(vocab_size, seed=arguments.seed), config, tilt="B" if arguments.tilt else None, table=table
-    )
+    model, tilt = tiny_model(vocab_size, seed=arguments.seed), "B" if arguments.tilt else None
+    if arguments.method == "phased":
+        return PhasedScorer(model, settings_of(config), tilt=tilt, table=table)
+    return ModelScorer(model, config, tilt=tilt, table=table)
 
 
 def foreign(where: str) -> Scorer:

@@ -118,3 +118,9 @@ PHASED: dict[str, PhasedConfig] = {
     "pr2014": PR2014,
 }
 """The default first."""
+
+PHASED_SMALL = (
+    *("documents=8", "chunk=4", "window=12", "rank=2", "lr=0.02", "phases=1", "prefix=2"),
+    *("sgd_lr=0.05", "sgd_chunk=16", "sgd_row=8", "sgd_segment=8"),
+)
+"""Settings with which all of it happens within a hundred tokens, for the audit."""

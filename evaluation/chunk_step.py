@@ -32,12 +32,14 @@ OFTEN = 8
 
 
 class Shape(NamedTuple):
-    """rows of `width` tokens, of each of which `chunk` columns are looked at; steps: with gradients."""
+    """rows of `width` tokens, of each of which `chunk` columns are looked at; steps: with gradients; adapted: with the
+    adapters."""
 
     rows: int
     width: int
     chunk: int
     steps: bool
+    adapted: bool = True
 
     @property
     def cost(self) -> int:
@@ -47,7 +49,8 @@ class Shape(NamedTuple):
     def serves(self, other: "Shape") -> bool:
         """Whether a step of this shape can do what one of the other does: rows and columns more are padding, and
         gradients that nobody asked for are left alone."""
-        return self.chunk == other.chunk and all(a >= b for a, b in zip(self, other, strict=True))
+        same = self.chunk == other.chunk and self.adapted == other.adapted
+        return same and all(a >= b for a, b in zip(self, other, strict=True))
 
 
 class Captured(NamedTuple):
@@ -127,7 +130,7 @@ class ChunkStep:
             captured.graph.replay()
             return Fetched(captured.losses)
         losses = Fetched(self._launch(plan.to(self.device, non_blocking=True), shape))
-        if self._graphs:
+        if self._graphs and shape.adapted:  # without is rare
             self._capture(shape)  # its kernels are compiled now
         return losses
 
@@ -167,7 +170,7 @@ class ChunkStep:
         columns = first + torch.arange(shape.chunk, device=self.device)
         scored = (columns >= scored) & (columns < length)
         row_starts = width * torch.arange(n + 1, device=self.device)
-        view = self.lora.view(last, n, self._anchor)
+        view = self.lora.view(last, n, self._anchor) if shape.adapted else None
         with torch.set_grad_enabled(shape.steps):
             hidden = self.model.hidden(
                 ids.view(-1),
@@ -177,7 +180,7 @@ class ChunkStep:
                 wanted=(row_starts[:-1, None] + columns).view(-1),
                 adapter=view,
             )
-            logits = view.head(hidden)
+            logits = (view or self.model).head(hidden)
             targets = torch.where(scored, self._at(self.tokens, start + columns + 1), 0).to(torch.int64).view(-1)
             losses = self._cross_entropy(logits, targets).view(n, -1)
             if shape.steps:

@@ -6,6 +6,7 @@ it. The learning rate falls from chunk to chunk like half a cosine; momentum beg
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ LAUNCHED = 2
 def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
     """Trains the model in place; every rank must call it, and each takes its share of a chunk's rows.
 
-    text (R,): the documents' tokens. Returns why it failed, or nothing: where the losses end above `config.diverged`
-    times what they began with, or any number is not finite, the weights are those of before.
+    text (R,): the documents' tokens. Returns why it failed, or nothing: where the last step's loss is more than
+    `config.diverged` above that of the weights of before, or any number is not finite, they are put back.
     """
     n_chunks = -(-(len(text) - 1) // config.sgd_chunk)
     before, was_training = copy_parameters(model), model.training
@@ -37,22 +38,34 @@ def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
         rate = 0.5 * config.sgd_lr * (1 + math.cos(math.pi * chunk / (n_chunks - 1)))
         optimizer.param_groups[0]["lr"] = rate
         for _ in range(config.sgd_epochs):
-            losses.append(gradients(text[chunk * config.sgd_chunk :]))
+            last = text[chunk * config.sgd_chunk :]
+            losses.append(gradients(last))
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.sgd_clip)
             optimizer.step()
             clear_gradients(model)
+    failed = _failure(model, losses[-1].item(), before, lambda: gradients(last), config) if losses else ""
     model.train(was_training).requires_grad_(False)
-    failed = _failure(model, torch.stack(losses), config) if losses else ""
     if failed:
         set_parameters(model, before)
     return failed
 
 
-def _failure(model: GPT, losses: Tensor, config: PhasedConfig) -> str:
-    first, last = losses[0].item(), losses[-config.patience :].mean().item()
+def _failure(
+    model: GPT, loss: float, before: list[Tensor], gradients: Callable[[], Tensor], config: PhasedConfig
+) -> str:
+    """loss: of the last step. It is compared with that of the weights `before` on the same chunk."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         return "weights are no longer finite"
-    return "" if last <= config.diverged * first else f"its loss went from {first:.4g} to {last:.4g} nats a token"
+    trained = copy_parameters(model)
+    set_parameters(model, before)
+    without = gradients().item()
+    clear_gradients(model)
+    set_parameters(model, trained)
+    return (
+        ""
+        if loss <= without + config.diverged
+        else f"{loss:.4g} nats a token in its last step, {without:.4g} without it"
+    )
 
 
 class _Gradients:

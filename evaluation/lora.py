@@ -111,6 +111,8 @@ class LoRA:
         self.weights = torch.zeros(shape, dtype=dtype, device=device)
         self.channels = torch.ones(1, self.layout.n, dtype=wide, device=device)
         self.step_number = torch.zeros((), dtype=wide, device=device)
+        numbers = (config.lr, 1 - config.beta2, config.eps, 1 - config.lr * config.weight_decay)
+        self.numbers = [torch.tensor(number, dtype=wide, device=device) for number in numbers]
         self.adamw = torch.compile(adamw_, dynamic=True) if device.type == "cuda" else adamw_
         self.base: dict[str, list[Tensor]] = {}
         self.refresh()
@@ -162,11 +164,11 @@ class LoRA:
     @torch.no_grad()
     def step(self, rows: int) -> None:
         """AdamW on the last `rows` documents, with the gradients that the backward pass has left."""
-        c, last = self.config, slice(len(self.master) - rows, None)
+        last = slice(len(self.master) - rows, None)
         self.step_number += 1
         rows = (x[last] for x in (self.master, self.second, self.gradients, self.weights))
-        correction = (1 - c.beta2**self.step_number).rsqrt()  # here: inside it would be a power an element
-        self.adamw(*rows, self.channels, correction, c.lr, c.beta2, c.eps, c.weight_decay)
+        correction = (1 - self.config.beta2**self.step_number).rsqrt()  # here: inside it would be a power an element
+        self.adamw(*rows, self.channels, correction, *self.numbers)
 
     def view(self, last: int, rows: int, anchor: Tensor) -> "View":
         """`rows` documents, the first of them the one that is `last` rows from the end."""
@@ -185,19 +187,20 @@ def adamw_(
     weights: Tensor,
     channels: Tensor,
     correction: Tensor,
-    lr: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    lr: Tensor,
+    renewed: Tensor,
+    eps: Tensor,
+    kept: Tensor,
 ) -> None:
     """AdamW with beta1 = 0, in place: no mean of gradients is kept, and a first step is ± lr. correction:
-    (1 - beta2^t)^(-1/2) in step t = 1, 2, ...
+    (1 - beta2^t)^(-1/2) in step t = 1, 2, ...; renewed: 1 - beta2; kept: 1 - lr x weight decay. All are tensors, as for
+    a compiled function another number is another function.
 
     `weights` becomes master times channels, which `gradient` is of. Compiled, it is one pass.
     """
     g = gradient.to(master.dtype) * channels
-    second.lerp_(g * g, 1 - beta2)
-    master.mul_(1 - lr * decay).sub_(lr * g / (second.sqrt() * correction + eps))
+    second.lerp_(g * g, renewed)
+    master.mul_(kept).sub_(lr * g / (second.sqrt() * correction + eps))
     weights.copy_(master * channels)
 
 

@@ -145,7 +145,8 @@ class _Run:
                 # A batch's last chunk is not stepped on; what is rare makes do with these, or is captured as it comes.
                 found = Counter(shape for shapes in self.shapes for shape in shapes[:-1])
                 with alongside([partial(step.rehearse, shape) for shape in list(found)[:1]]):
-                    lora.step(self.config.documents)
+                    for rows in {self.config.documents, 1}:  # compiled apart
+                        lora.step(rows)
                 step.warm_up([shape for shape, times in found.most_common(COMMON) if times > OFTEN])
         with self.clock.part("precompute"):
             step.load(self.data.tokens, self.hints)

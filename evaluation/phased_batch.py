@@ -1,8 +1,10 @@
 """A batch of documents side by side, chunk by chunk: score, then one step of the adapters with what was scored.
 
-Losses are fetched while the next chunk is computed. Where they show that the adaptation has diverged, that next chunk
-is computed again without adapters, as are all further ones of the batch: what decides it was scored before. Losses that
-are no numbers are so because the logits are none, whatever the target; the model without adapters stands in for them.
+Losses are fetched while the next chunk is computed. Where the adaptation has diverged, that next chunk is computed
+again without adapters, as are all further ones of the batch: what decides it was scored before. Divergence is a chunk
+that costs more than without adapters; whether it does is looked at where the losses have grown, and now and then.
+Losses that are no numbers are so because the logits are none, whatever the target; the model without adapters stands
+in for them.
 """
 
 from collections.abc import Callable
@@ -76,7 +78,7 @@ class BatchScorer:
     def score(self, batch: Batch, stop: Callable[[], object]) -> BatchScores:
         """`stop` is asked between chunks whether to end here."""
         m = chunks_of(self.documents, batch)
-        self._batch, self._m, self._means = batch, m, []
+        self._batch, self._m, self._means, self._level = batch, m, [], 0.0
         self._losses: list[list[np.ndarray]] = [[] for _ in m]
         self._begin(batch)
         self._scores = BatchScores(batch, [], [])
@@ -140,12 +142,9 @@ class BatchScorer:
     def _settle(self, launched: _Launched) -> bool:
         """Takes in the losses of a chunk. False where they show divergence: the adapters are then silent."""
         losses = _losses_of(launched)
-        gives_up = not self._scores.gave_up and self._diverged(np.concatenate(losses))
-        if gives_up:
-            self._scores.gave_up = (
-                f"batch {self._batch.index}, chunk {launched.number}: {self._means[-1]:.4g} nats a token, "
-                f"{self._means[0]:.4g} in the first"
-            )
+        reason = "" if self._scores.gave_up else self._divergence(launched, float(np.concatenate(losses).mean()))
+        if reason:
+            self._scores.gave_up = f"batch {self._batch.index}, chunk {launched.number}: {reason}"
             self._decay = None
             self.lora.silence()
             finite = np.isfinite(self._means[-1])
@@ -155,12 +154,24 @@ class BatchScorer:
                 losses = _losses_of(self._chunk(launched.number))
         for kept, new in zip(self._losses[len(self._losses) - len(losses) :], losses, strict=True):
             kept.append(new)
-        return not gives_up
+        return not reason
 
-    def _diverged(self, losses: np.ndarray) -> bool:
-        self._means.append(float(losses.mean(dtype=np.float64)))
-        recent = np.mean(self._means[-self.config.patience :])
-        return not recent <= self.config.diverged * self._means[0]
+    def _divergence(self, launched: _Launched, mean: float) -> str:
+        """What shows it, or nothing. mean: of the chunk's losses."""
+        config, number = self.config, launched.number
+        self._means.append(mean)
+        if not np.isfinite(mean):
+            return f"{mean} nats a token"
+        recent = float(np.mean(self._means[-config.patience :]))
+        at_times = number >= 8 and number & (number - 1) == 0
+        if not number or (recent <= config.suspicious * self._level and not at_times):
+            self._level = self._level or recent
+            return ""
+        self._level = max(self._level, recent)
+        shape = shape_of(self._batch, number, self._m, config)._replace(steps=False, adapted=False)
+        without = launched._replace(losses=self.step(launched.chunk, shape))
+        plain = float(np.concatenate(_losses_of(without)).mean())
+        return "" if mean <= plain + config.diverged else f"{mean:.4g} nats a token, {plain:.4g} without it"
 
 
 def _losses_of(launched: _Launched) -> list[np.ndarray]:

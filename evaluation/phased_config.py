@@ -61,8 +61,11 @@ class PhasedConfig:
     sgd_segment: int = 2048
 
     # Against divergence, which the published scripts do not look for.
-    diverged: float = 1.5
-    """An adaptation has failed where the loss, smoothed over `patience` steps, is so many times that of the first."""
+    diverged: float = 0.5
+    """An adaptation has failed where a chunk new to it costs so many nats a token more than without it."""
+    suspicious: float = 1.5
+    """It is compared with none where the loss, the mean of `patience` chunks, has grown so many times; and, whatever
+    the loss, at chunks 8, 16, 32 and so on. (By itself a loss says nothing: documents begin with easy titles.)"""
     patience: int = 8
 
     def __post_init__(self) -> None:
@@ -120,7 +123,7 @@ PHASED: dict[str, PhasedConfig] = {
 """The default first."""
 
 PHASED_SMALL = (
-    *("documents=8", "chunk=4", "window=12", "rank=2", "lr=0.02", "phases=1", "prefix=2"),
-    *("sgd_lr=0.05", "sgd_chunk=16", "sgd_row=8", "sgd_segment=8"),
+    *("documents=8", "chunk=4", "window=12", "rank=2", "lr=0.02", "phases=1", "prefix=4"),
+    *("sgd_lr=0.05", "sgd_chunk=8", "sgd_row=4", "sgd_segment=4"),
 )
 """Settings with which all of it happens within a hundred tokens, for the audit."""

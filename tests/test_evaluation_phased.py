@@ -186,7 +186,7 @@ def test_hints_tilt_the_score_and_not_the_step(monkeypatch) -> None:
 
 @pytest.mark.parametrize("lr", [30.0, 1e200], ids=["large", "not finite"])
 def test_a_batch_that_diverges_goes_on_without_adapters(lr: float) -> None:
-    tiny, config = model(), small("pr1855", phases=0, lr=lr, weight_decay=0.0, diverged=1.3, patience=1)
+    tiny, config = model(), small("pr1855", phases=0, lr=lr, weight_decay=0.0, suspicious=1.0, patience=1)
     found, still = scores(tiny, config), scores(tiny, replace(config, lr=0.0))
     assert np.isfinite(found[1:]).all()
     total = phased_score(tiny, ValidationSet(stream(), np.ones(len(stream()), np.int16)), config)
@@ -195,6 +195,14 @@ def test_a_batch_that_diverges_goes_on_without_adapters(lr: float) -> None:
     last = ends.starts + ends.targets
     long = ends.targets > 3 * config.chunk
     assert np.abs(found - still)[last[long]].max() < SCORE_NATS and np.abs(found - still)[1:].max() > 0.1
+
+
+def test_growing_losses_are_no_divergence() -> None:
+    """Documents begin with what is easy. Where the model without adapters does no better, nothing is given up; and to
+    look at it changes no score."""
+    data, tiny, config = ValidationSet(stream(), np.ones(len(stream()), np.int16)), model(), small("pr1855")
+    result = phased_score(tiny, data, replace(config, suspicious=0.01))
+    assert result.notes == () and result.nll == phased_score(tiny, data, replace(config, suspicious=1e9)).nll
 
 
 def test_a_phase_that_diverges_is_undone() -> None:

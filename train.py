@@ -19,12 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from niblick.artifact.container import pack, read_artifact, write_artifact
+from niblick.artifact.container import pack, read_artifact, require_room, require_storable, write_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
@@ -39,7 +40,7 @@ from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_b
 from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare_cached
-from niblick.data.shards import count_tokens
+from niblick.data.shards import count_tokens, first_tokens
 from niblick.evaluation.run import ValidationSet, evaluate_model
 from niblick.model.attention import attention_version, choose_attention
 from niblick.model.checkpoint import load_checkpoint, remove_half_written
@@ -48,6 +49,7 @@ from niblick.model.distributed import contact, require_agreement
 from niblick.model.errors import TrainingStopped
 from niblick.model.gpt import GPT
 from niblick.model.launch import Launch, launch, said_once
+from niblick.model.ngram_tables import NgramBias, build
 from niblick.model.presets import PRESETS
 from niblick.model.run import position_fields, run_clock
 from niblick.model.runlog import RunLog, environment
@@ -173,6 +175,9 @@ def main(words: list[str]) -> None:
         model, rung = build_model(preset, here)
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
         position = resume(out / CHECKPOINT, trainer) if preset.run.resume else Position()
+    if preset.ngram_bias.mode != "none":
+        with stages.stage("n-gram tables"):
+            model.ngram_bias = ngram_tables(preset, prepared, here)
     log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
         remove_half_written(out / CHECKPOINT)
@@ -238,6 +243,27 @@ def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
     return model, rung
 
 
+def ngram_tables(preset: Preset, prepared: Prepared, here: Launch) -> NgramBias:
+    """Every rank counts the same tokens by itself. ConfigError, or ArtifactError where tables will not fit."""
+    settings, model = preset.ngram_bias, preset.model
+    with said_once(here.rank):
+        if model.asymmetric_softcap:
+            raise ConfigError(f"ngram_bias.mode {settings.mode} expected one softcap, found model.asymmetric_softcap")
+        if settings.at_evaluation == "artifact":
+            require_storable(settings, model, preset.artifact)
+        tokens = first_tokens(prepared.train, model.vocab_size, settings.tokens)
+        pieces = (torch.from_numpy(piece.astype(np.int32)) for piece in tokens)
+        bias = build(pieces, settings, model.vocab_size, model.bos_id, here.device)
+        if settings.at_evaluation == "artifact":
+            code_bytes = sum(path.stat().st_size for path in evaluation_code())
+            require_room(bias, model, preset.artifact, code_bytes)
+    return bias
+
+
+def evaluation_code() -> list[Path]:
+    return source_files(Path(__file__).with_name("evaluate.py"))
+
+
 # ---- after the clock -----------------------------------------------------------------------------------------------
 
 
@@ -274,7 +300,9 @@ def finish(
     """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
     path = Path(preset.run.out) / ARTIFACT
-    code = source_files(Path(__file__).with_name("evaluate.py"))
+    code = evaluation_code()
+    if preset.ngram_bias.at_evaluation == "drop":
+        model.ngram_bias = None
     with stages.stage("quantise"):
         as_given, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
     for note in notes:
@@ -284,7 +312,7 @@ def finish(
         with stages.stage("fill"):
             quantized, settings = fill_up(trainer, prepared, hessians, sum(file.stat().st_size for file in code))
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, model.ngram_bias)
     held_out = ValidationSet.load(
         prepared.val,
         prepared.tokenizer,
@@ -322,9 +350,9 @@ def finish(
         **position_fields(position),
     )
     report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent)
-    print_share(
-        "training and calibration", position.elapsed_s + stages.seconds["calibration"], preset.schedule.budget_s
-    )
+    before, after = stages.seconds.get("n-gram tables", 0.0), stages.seconds["calibration"]
+    what = "n-gram tables, training and calibration" if before else "training and calibration"
+    print_share(what, before + position.elapsed_s + after, preset.schedule.budget_s)
     seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
     print_share("evaluation (reload and score)", seconds, config.budget_s)
 
@@ -341,7 +369,7 @@ def fill_up(
     target = preset.artifact.target_bytes
 
     def size_of(quantization: Quantization, settings: ArtifactConfig) -> int:
-        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings))
+        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, trainer.model.ngram_bias))
 
     found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - code_bytes)
     factor = found.config.mlp_clip / preset.artifact.mlp_clip

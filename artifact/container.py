@@ -13,7 +13,8 @@
       8 + h         the streams, end to end, in the order of the header's list
 
 The header is JSON in UTF-8, {"config": the fields of GPTConfig, "tensors": [the fields of `streams.Entry`, ...],
-"streams": [[name, bytes], ...], "tokenizer_sha256": in hexadecimal, or empty}. The shapes are those of the model that
+"streams": [[name, bytes], ...], "tokenizer_sha256": in hexadecimal, or empty}; and "ngram_bias": the fields of
+NgramBiasConfig, where there are n-gram tables: the last stream is theirs. The shapes are those of the model that
 the settings describe. What the streams hold is in `streams`, how integers are coded in `coder`; the size of everything
 decoded follows from the shapes. Version 1 (brotli throughout) is no longer read.
 """
@@ -22,20 +23,32 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import brotli
+import torch
+from torch import Tensor
 
 from niblick.artifact import published, streams
+from niblick.artifact.coder import decode_integers, encode_integers
 from niblick.artifact.errors import ArtifactError, require
-from niblick.artifact.header import MAX_BYTES, Header
+from niblick.artifact.header import MAX_BYTES, TABLES, Header, table_shape
 from niblick.artifact.records import Quantized
-from niblick.model.config import ArtifactConfig, GPTConfig
+from niblick.model.config import ArtifactConfig, GPTConfig, NgramBiasConfig
 from niblick.model.files import write_atomically
+from niblick.model.ngram_tables import NgramBias
 
 MAGIC, VERSION = b"NIBLICK\0", 2
 OWN, WHOLE, GROUPS = 1, 2, 3
 PROLOGUE = struct.Struct("<8sHHQ32s")
 HEADER_SIZES = struct.Struct("<II")
+
+
+class Tables(NamedTuple):
+    """N-gram tables: settings, and the integers (R, V) of `ngram_tables.to_integers`."""
+
+    config: NgramBiasConfig
+    integers: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Container:
     size: int
     tokenizer_sha256: str
     steps_per_octave: int = 0
+    ngram_bias: Tables | None = None
 
 
 def write_artifact(
@@ -57,12 +71,20 @@ def write_artifact(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    ngram_bias: NgramBias | None = None,
 ) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file.
 
-    OSError; ArtifactError if lrzip is asked for and missing or failing. Nothing is left half-written.
+    OSError; ArtifactError if lrzip is asked for and missing or failing, or if there are n-gram tables and the file is
+    beyond the cap: without them it might be sound. Nothing is left half-written.
     """
-    data = pack(quantized, config, tokenizer, settings)
+    data = pack(quantized, config, tokenizer, settings, ngram_bias)
+    cap = (settings or ArtifactConfig()).cap_bytes
+    advice = "fewer ngram_bias.rows, a coarser ngram_bias.step, or artifact.target_bytes for a smaller model"
+    require(
+        ngram_bias is None or len(data) <= cap,
+        f"n-gram tables: expected an artifact of at most {cap:,} bytes, found {len(data):,}: {advice}",
+    )
     write_atomically(path, lambda file: file.write(data))
     return len(data)
 
@@ -72,9 +94,12 @@ def pack(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    ngram_bias: NgramBias | None = None,
 ) -> bytes:
-    """The file, in the container that `settings` name (default: niblick's own)."""
+    """The file, in the container that `settings` name (default: niblick's own, the only one for n-gram tables)."""
     settings = settings or ArtifactConfig()
+    if ngram_bias is not None:
+        require_storable(ngram_bias.config, config, settings)
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizer else ""
     if settings.container == "brotli":
         return seal(WHOLE, published.encode_whole(quantized, config, digest))
@@ -85,8 +110,29 @@ def pack(
     entries, parts = streams.take_apart(quantized, settings.steps_per_octave)
     coded = streams.encode(parts)
     ordered = {name: coded[name] for name in streams.stream_names(entries)}
-    header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest)
+    if ngram_bias is not None:
+        ordered[TABLES] = encode_tables(ngram_bias, config)
+    tables = ngram_bias and ngram_bias.config
+    header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest, tables)
     return assemble(header.to_json(), b"".join(ordered.values()))
+
+
+def require_storable(tables: NgramBiasConfig, config: GPTConfig, settings: ArtifactConfig) -> None:
+    """ArtifactError for n-gram tables that no artifact holds. To be asked before they are counted."""
+    found = settings.container
+    require(found == "niblick", f"n-gram tables: expected artifact.container niblick, found {found}")
+    table_shape(tables, config)
+
+
+def require_room(ngram_bias: NgramBias, config: GPTConfig, settings: ArtifactConfig, code_bytes: int) -> None:
+    """ArtifactError if no model whatever fits beside the tables and the code. To be asked before training."""
+    size, room = len(encode_tables(ngram_bias, config)), settings.cap_bytes - code_bytes
+    message = f"n-gram tables: expected less than the {room:,} bytes that model and tables may take, found {size:,}"
+    require(size < room, f"{message}: fewer ngram_bias.rows or a coarser ngram_bias.step")
+
+
+def encode_tables(ngram_bias: NgramBias, config: GPTConfig) -> bytes:
+    return encode_integers(ngram_bias.integers.view(table_shape(ngram_bias.config, config)).numpy())
 
 
 def require_tokenizer(artifact: Container, tokenizer: str | Path) -> None:
@@ -108,11 +154,26 @@ def read_artifact(path: str | Path) -> Container:
             config, quantized, tokenizer, sizes = published.decode_groups(body)
             return Container(str(path), config, quantized, sizes, size, tokenizer)
         header, data = _split_body(body)
-        quantized = streams.decode(header.entries, header.shapes(), _split_streams(header, data))
+        coded = _split_streams(header, data)
+        quantized = streams.decode(header.entries, header.shapes(), coded)
+        tables = _tables(header, coded)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     grid = max(entry.steps_per_octave for entry in header.entries)
-    return Container(str(path), header.config, quantized, header.coded_bytes, size, header.tokenizer_sha256, grid)
+    return Container(
+        str(path), header.config, quantized, header.coded_bytes, size, header.tokenizer_sha256, grid, tables
+    )
+
+
+def _tables(header: Header, coded: dict[str, bytes]) -> Tables | None:
+    if header.ngram_bias is None:
+        return None
+    try:
+        q = decode_integers(coded[TABLES], table_shape(header.ngram_bias, header.config))[0]
+    except ArtifactError as error:
+        raise ArtifactError(f"{TABLES}: {error}") from error
+    require(q.min() >= 0, f"{TABLES}: expected no negative integers, found {q.min()}")
+    return Tables(header.ngram_bias, torch.from_numpy(q))
 
 
 def assemble(header: bytes, data: bytes) -> bytes:

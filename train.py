@@ -301,6 +301,7 @@ def finish(
     preset, model = trainer.preset, trainer.model
     path = Path(preset.run.out) / ARTIFACT
     code = evaluation_code()
+    code_bytes = sum(file.stat().st_size for file in code)
     if preset.ngram_bias.at_evaluation == "drop":
         model.ngram_bias = None
     with stages.stage("quantise"):
@@ -310,9 +311,9 @@ def finish(
     quantized, settings = as_given, preset.artifact
     if settings.target_bytes:
         with stages.stage("fill"):
-            quantized, settings = fill_up(trainer, prepared, hessians, sum(file.stat().st_size for file in code))
+            quantized, settings = fill_up(trainer, prepared, hessians, code_bytes)
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, model.ngram_bias)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, model.ngram_bias, code_bytes)
     held_out = ValidationSet.load(
         prepared.val,
         prepared.tokenizer,

@@ -72,14 +72,15 @@ def write_artifact(
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
     ngram_bias: NgramBias | None = None,
+    code_bytes: int = 0,
 ) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file.
 
-    OSError; ArtifactError if lrzip is asked for and missing or failing, or if there are n-gram tables and the file is
-    beyond the cap: without them it might be sound. Nothing is left half-written.
+    OSError; ArtifactError if lrzip is asked for and missing or failing, or if there are n-gram tables and the file and
+    its code are beyond the cap: without them it might be sound. Nothing is left half-written.
     """
     data = pack(quantized, config, tokenizer, settings, ngram_bias)
-    cap = (settings or ArtifactConfig()).cap_bytes
+    cap = (settings or ArtifactConfig()).cap_bytes - code_bytes
     advice = "fewer ngram_bias.rows, a coarser ngram_bias.step, or artifact.target_bytes for a smaller model"
     require(
         ngram_bias is None or len(data) <= cap,

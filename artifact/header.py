@@ -116,7 +116,7 @@ def table_shape(settings: NgramBiasConfig, config: GPTConfig) -> tuple[int, int,
     """Of all n-gram tables, one under the other, as a stack of one; ArtifactError where they are too large."""
     shape = (1, len(settings.orders) * settings.rows, config.vocab_size)
     found = math.prod(shape)
-    require(found <= MAX_ENTRIES, f"n-gram tables: expected at most {MAX_ENTRIES:,} entries, found {found:,}")
+    require(found <= MAX_ENTRIES, f"n-gram tables: expected at most {MAX_ENTRIES:,} entries in all, found {found:,}")
     return shape
 
 

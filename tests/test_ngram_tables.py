@@ -1,5 +1,6 @@
 """N-gram tables against counts in plain Python; as a term of training, of the score, and as bytes of an artifact."""
 
+import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -11,6 +12,7 @@ from configs import REFERENCE
 from numerics import SCORE_NATS
 from torch import Tensor
 
+from niblick.artifact import container
 from niblick.artifact.container import encode_tables, read_artifact, require_room, require_storable, write_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.ledger import byte_ledger
@@ -254,14 +256,37 @@ def test_rounded_tables_stand_for_the_same_probabilities() -> None:
     assert 0 < differs.abs().max() <= STORED.step
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "none"}, "header: expected a mode of the n-gram tables"),
+        ({"weights": [0.2, 0.1]}, "header: expected weights to be 3 numbers, found"),
+        ({"rows": 17}, "ngram_bias: expected"),
+        ({"rows": 1 << 30}, "n-gram tables: expected at most 67,108,864 entries in all, found"),
+        ({"hash": 1}, "header: expected only settings of this version's model, found 'hash'"),
+        (None, "header: expected the streams"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_tables_is_refused(tmp_path, change: dict | None, message: str) -> None:
+    weights = quantize(GPT(MODEL).state_dict(), ArtifactConfig(rounding="nearest")).tensors
+    write_artifact(tmp_path / "a.nbk", weights, MODEL, ngram_bias=stored())
+    header, data = container._split_body(container._read_body(tmp_path / "a.nbk")[1])
+    values = json.loads(header.to_json())
+    values["ngram_bias"] = None if change is None else values["ngram_bias"] | change
+    (tmp_path / "a.nbk").write_bytes(container.assemble(json.dumps(values).encode(), data))
+    with pytest.raises(ArtifactError, match=message):
+        read_artifact(tmp_path / "a.nbk")
+
+
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
     model, tables, settings = GPT(MODEL), stored(), ArtifactConfig(rounding="nearest")
     weights = quantize(model.state_dict(), settings).tensors
     size = write_artifact(tmp_path / "with.nbk", weights, MODEL, settings=settings, ngram_bias=tables)
     write_artifact(tmp_path / "a.nbk", weights, MODEL, settings=replace(settings, cap_bytes=size), ngram_bias=tables)
-    tight = replace(settings, cap_bytes=size - 1)
-    with pytest.raises(ArtifactError, match=f"at most {size - 1:,} bytes, found {size:,}: fewer ngram_bias.rows"):
-        write_artifact(tmp_path / "b.nbk", weights, MODEL, settings=tight, ngram_bias=tables)
+    for cap, code_bytes in ((size - 1, 0), (size + 99, 100)):
+        with pytest.raises(ArtifactError, match=f"at most {size - 1:,} bytes, found {size:,}: fewer ngram_bias.rows"):
+            tight = replace(settings, cap_bytes=cap)
+            write_artifact(tmp_path / "b.nbk", weights, MODEL, None, tight, tables, code_bytes)
     assert not (tmp_path / "b.nbk").exists()
     alone = len(encode_tables(tables, MODEL))
     require_room(tables, MODEL, replace(settings, cap_bytes=alone + 101), 100)
@@ -269,7 +294,7 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
         require_room(tables, MODEL, replace(settings, cap_bytes=alone + 100), 100)
     with pytest.raises(ArtifactError, match=r"expected artifact\.container niblick, found brotli"):
         write_artifact(tmp_path / "b.nbk", weights, MODEL, None, replace(settings, container="brotli"), tables)
-    with pytest.raises(ArtifactError, match="expected at most 67,108,864 entries, found 402,653,184"):
+    with pytest.raises(ArtifactError, match="expected at most 67,108,864 entries in all, found 402,653,184"):
         require_storable(replace(STORED, rows=16_384), replace(MODEL, vocab_size=8192), settings)
     with pytest.raises(ConfigError, match=r"ngram_bias\.step 0\.001 makes integers up to"):
         build([stream(300)], replace(STORED, step=0.001), V, BOS, CPU)

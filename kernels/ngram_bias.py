@@ -471,7 +471,7 @@ def ngram_bias_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, se
     targets[0], targets[2], targets[-1] = 0, -100, V - 1
     rows[0, 0], rows[1, -1], rows[-1, 0] = 0, -1, R - 1
     logits[1] /= 15
-    logits[1, targets[1]], logits[0, 0], logits[0, -1] = 40.0, -60.0, 75.0
+    logits[1, targets[1]], logits[0, 0], logits[0, -1] = 16.0, -60.0, 75.0
     extra: dict[str, object] = {}
     if V == 257:  # and other strides than those of contiguous tensors
         extra["weights"] = weights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from configs import REFERENCE
-from numerics import SCORE_NATS
+from numerics import SCORE_NATS, assert_close_f32
 from torch import Tensor
 
 from niblick.artifact import container
@@ -179,6 +179,20 @@ def test_training_with_the_bias_learns_the_residue() -> None:
             losses[name].append(loss.item())
     assert all(a < b for a, b in zip(losses["with"], losses["without"], strict=True)), losses
     assert losses["with"][-1] < losses["with"][0] and losses["without"][-1] < losses["without"][0]
+
+
+def test_the_kernel_trains_as_the_reference_does() -> None:
+    """And promises it the gradient that backward() brings."""
+    bias, ids, gradients = build([stream(3000)], SUM, V, BOS, CPU), stream(25), []
+    for impl in ("kernel", "reference"):
+        model = GPT(replace(MODEL, loss_impl=impl))
+        model.ngram_bias = bias
+        loss = model(ids[:-1], ids[1:], torch.tensor([0, 8, 16, 24], dtype=torch.int32), False)
+        gradients.append(torch.autograd.grad(loss, model.embedding)[0])
+    assert_close_f32("gradient of the embedding", *gradients)
+    with pytest.raises(RuntimeError, match="another gradient than upstream had promised"):
+        model.config, model.ngram_bias = replace(MODEL, loss_impl="kernel"), bias
+        (model(ids[:-1], ids[1:], torch.tensor([0, 24], dtype=torch.int32), False) / 2).backward()
 
 
 def naive_bias(bias: NgramBias, row: tuple[int, ...]) -> Tensor:

@@ -8,9 +8,8 @@ The table holds, one under the other, the log-probabilities of the next token af
 a token's loss takes K rows of it: one an order that is summed, or one alone, of the order that was backed off to. The
 bias comes after the cap, so that the cap holds for what the network says; the table gets no gradient.
 With E = exp(2 x / c) and s = 1 / (1 + E) the cap is c - 2 c s, exact near the cap, where the probable columns lie, and
-its derivative is 4 E s^2. Sums are taken relative to the cap or, where that does not do, to the row's largest z: so any
-bias may be added. For a confident row p_t - 1 is the difference of nearly equal numbers; it is minus the share of all
-other columns instead.
+its derivative is 4 E s^2. Sums are taken relative to the row's largest z, so any bias may be added. For a confident row
+p_t - 1 is the difference of nearly equal numbers; it is minus the share of all other columns instead.
 
 logits (n_rows, V) float32, bfloat16 or float16, columns adjacent, any row stride; targets (n_rows,) int64 or int32;
 table (R, V) of any of those dtypes, columns adjacent; rows (n_rows, K) int64 or int32 in [-1, R), -1 for no row;
@@ -35,13 +34,10 @@ import triton.language as tl
 from torch import Tensor
 
 NAMESPACE = "niblick"
-# Columns that a program holds at once, at most, and a warp of it, and registers a thread. Not yet measured on a card.
-LAUNCH = {
-    "loss": {"BLOCK_V": 8192, "columns_per_warp": 512, "maxnreg": 64},
-    "gradient": {"BLOCK_V": 8192, "columns_per_warp": 512, "maxnreg": 64},
-}
+# Columns that a program holds at once, at most, and a warp of it, by the bytes of a table's entry. NVIDIA H200,
+# 2026-11-20.
+LAUNCH = {"BLOCK_V": 8192, "columns_per_warp": {2: 2048, 4: 1024}}
 LARGEST = 1e4  # cap: beyond it float32 rounds losses, by some 2e-7 c nats, to nothing useful
-SMALLEST = 2.0**-86  # sum: terms that underflow, below 2^-126, are then below a rounding of it, if all of them do
 MAX_ROWS = 8  # of the table for a token: the kernel's code grows with them
 # The partitioner of torch 2.9 finds no cut through a gradient that the forward has made.
 PROMISES_COMPILE = torch.__version__ >= (2, 11)
@@ -153,7 +149,6 @@ def _ngram_bias_kernel(
     softcap: tl.constexpr,
     ignore_index: tl.constexpr,
     COMPILED: tl.constexpr,
-    SMALLEST: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -169,42 +164,34 @@ def _ngram_bias_kernel(
         softcap, K, COMPILED,
     )  # fmt: skip
 
-    # Sums are of exp2(z), and nearly always that does. Where it reaches too far, and where a row is longer than a
-    # block, they are taken relative to the largest z, in a loop that reads again.
-    top, others, slow = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32), True
     if V <= BLOCK_V:
         cols = tl.arange(0, BLOCK_V)
         z, slope = _ngram_bias_columns(
             row_ptr, table_ptr, index_ptr, factor_ptr, stride_table, stride_index, stride_factor, R, cols, cols < V,
             softcap, K, COMPILED,
         )  # fmt: skip
-        e = tl.exp2(z)
-        unscaled = e * slope
-        if COMPILED and dloss_ptr is not None:
-            # Kept as it is: the compiler would multiply after the sum, and keep three factors in registers until then.
-            asm: tl.constexpr = "mov.b32 $0, $1;"
-            unscaled = tl.inline_asm_elementwise(asm, "=r,r", [unscaled], tl.float32, is_pure=False, pack=1)
+        top = tl.max(z, axis=0)
+        e = tl.exp2(z - top)
         others = tl.sum(tl.where(cols == target, 0.0, e), axis=0)
-        total = others + tl.exp2(z_target)
-        slow = ((total > SMALLEST) & (total < 1.0 / SMALLEST)) == 0
-    if slow:
-        top, others = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
+        unscaled = e * slope
+    else:
+        top, others = float("-inf"), 0.0
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z, _ = _ngram_bias_columns(
+            z, slope = _ngram_bias_columns(
                 row_ptr, table_ptr, index_ptr, factor_ptr, stride_table, stride_index, stride_factor, R, cols, cols < V,
                 softcap, K, COMPILED,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(z, axis=0))
-            more = tl.sum(tl.where(cols == target, 0.0, tl.exp2(z - higher)), axis=0)
-            others = others * tl.exp2(top - higher) + more
+            e = tl.sum(tl.where(cols == target, 0.0, tl.exp2(z - higher)), axis=0)
+            others = others * tl.exp2(top - higher) + e
             top = higher
 
     gap = top - z_target
     e_target = tl.where(known | ignored, tl.exp2(-gap), float("nan"))
-    total, odds = others + e_target, others / e_target
-    # Far below the top e_target underflows, and log1p(odds) is log(total) + gap to rounding.
-    loss = tl.where(odds < 1e10, _log1p(odds), 0.6931471805599453 * gap + tl.log(total))
+    total = others + e_target
+    # Far below the top e_target underflows, and log1p(others / e_target) is log(total) + gap to rounding.
+    loss = tl.where(gap > 60.0, 0.6931471805599453 * gap + tl.log(total), _log1p(others / e_target))
     weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row * stride_weight).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, weight * loss))
 
@@ -215,15 +202,13 @@ def _ngram_bias_kernel(
         out_ptr = dlogits_ptr + row * V
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            if slow:
+            if V > BLOCK_V:
                 z, slope = _ngram_bias_columns(
                     row_ptr, table_ptr, index_ptr, factor_ptr, stride_table, stride_index, stride_factor, R, cols,
                     cols < V, softcap, K, COMPILED,
                 )  # fmt: skip
-                block = tl.exp2(z - top) * slope
-            else:
-                block = unscaled
-            dx = tl.where(cols == target, dx_target, block * factor)
+                unscaled = tl.exp2(z - top) * slope
+            dx = tl.where(cols == target, dx_target, unscaled * factor)
             tl.store(out_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 
 
@@ -249,15 +234,13 @@ def _forward(
     (n_rows, V), device = logits.shape, logits.device
     loss = torch.empty(n_rows, dtype=torch.float32, device=device)
     dlogits = torch.empty((0,) if dloss is None else (n_rows, V), dtype=logits.dtype, device=device)
-    launch = LAUNCH["loss" if dloss is None else "gradient"]
-    block = max(min(launch["BLOCK_V"], triton.next_power_of_2(V)), 256)
+    block = max(min(LAUNCH["BLOCK_V"], triton.next_power_of_2(V)), 256)
     if n_rows:
         _ngram_bias_kernel[(n_rows,)](
             logits, targets, table, rows, factors, weights, dloss, loss, dlogits, len(table), logits.stride(0),
             targets.stride(0), table.stride(0), *rows.stride(), *factors.stride(),
             *(0 if t is None else t.stride(0) for t in (weights, dloss)), V, rows.shape[1], softcap, ignore_index,
-            not INTERPRETED, SMALLEST, block, num_warps=max(1, block // launch["columns_per_warp"]),
-            maxnreg=launch["maxnreg"],
+            not INTERPRETED, block, num_warps=max(1, block // LAUNCH["columns_per_warp"][table.itemsize]),
         )  # fmt: skip
     return loss, dlogits
 
@@ -392,6 +375,7 @@ def ngram_bias(
 def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, weights, ignore_index) -> None:
     wide = torch.promote_types(logits.dtype, torch.float32)
     floats = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if logits.device.type == "cpu" else ()))
+    tables = (*floats[:3], *((torch.float64,) if logits.dtype == torch.float64 else ()))
     integers = (torch.int64, torch.int32)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{name}: expected logits of shape (n_rows, V), got {tuple(logits.shape)}")
@@ -404,7 +388,7 @@ def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, w
     for what, tensor, shape, dtypes in (
         ("logits", logits, (n_rows, V), floats),
         ("targets", targets, one, integers),
-        ("table", table, (table.shape[0], V), floats),
+        ("table", table, (table.shape[0], V), tables),
         ("rows", rows, each, integers),
         ("factors", factors, each, (wide,)),
         ("weights", weights, one, (wide,)),
@@ -480,7 +464,6 @@ def ngram_bias_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str, se
     elif V == 260:
         extra["softcap"] = 100.0
         logits[0, 0], logits[:, -1] = -180.0, 225.0
-        logits[3] = logits[3] / 4 - 150  # so far below the cap that its sums underflow
     elif V == 515 or n_rows > 10_000:
         factors = torch.tensor([0.20, 0.15, 0.10][:K], device=device).expand(n_rows, -1)
     tensors = {"logits": logits.requires_grad_(), "targets": targets, "table": table, "rows": rows, "factors": factors}

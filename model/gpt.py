@@ -167,10 +167,7 @@ class GPT(nn.Module):
     # ---- use ---------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool) -> Tensor:
-        """Mean cross-entropy in nats over all N positions, float32 scalar: the training loss.
-
-        With an n-gram bias and in training mode, it wants backward() on itself, not on a multiple (RuntimeError).
-        """
+        """Mean cross-entropy in nats over all N positions, float32 scalar: the training loss."""
         return self._loss(self.hidden(ids, cu_seqlens, looping), targets, "mean", ids, cu_seqlens)
 
     def token_losses(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
@@ -184,11 +181,10 @@ class GPT(nn.Module):
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         c = self.config
         if self.ngram_bias is not None:
-            options = {"reference": c.loss_impl == "reference", "reduction": reduction}
-            if self.training and reduction == "mean":
-                options["upstream"] = 1.0  # as `Trainer` calls backward(): logits and tables are read once
-            rows = self.ngram_bias(ids, cu_seqlens)
-            return self.ngram_bias.loss(self.head(hidden), targets, *rows, c.softcap, **options)
+            rows, reference = self.ngram_bias(ids, cu_seqlens), c.loss_impl == "reference"
+            return self.ngram_bias.loss(
+                self.head(hidden), targets, *rows, c.softcap, reference=reference, reduction=reduction
+            )
         # Upstream gradients a token are beyond the fused head: it sums the embedding's gradient on the way.
         if c.loss_impl == "fused" and (reduction == "mean" or not torch.is_grad_enabled()):
             fp8 = self.fp8 and self.training

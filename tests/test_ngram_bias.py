@@ -29,18 +29,18 @@ FAULTS = [
     ("row * stride_dloss", "row"),  # expanded dloss read as if contiguous
     ("known = (target >= 0) & (target < V)", "known = (target > 0) & (target < V)"),  # no column 0
     ("others = tl.sum(tl.where(cols == target, 0.0, e), axis=0)", "others = tl.sum(e, axis=0)"),  # target counted twice
-    ("others = others * tl.exp2(top - higher) + more", "others = others + more"),  # blocks of different tops added
-    ("== 0\n", "== 2\n"),  # sums underflow
-    ("odds < 1e10", "odds >= 0"),  # e_target underflows
+    ("others = others * tl.exp2(top - higher) + e", "others = others + e"),  # blocks of different tops added
+    ("higher = tl.maximum(top, tl.max(z, axis=0))", "higher = top * 0 + 20.0"),  # sums overflow
+    ("loss = tl.where(gap > 60.0, 0.6931471805599453 * gap", "loss = tl.where(gap > 1e6, gap"),  # e_target underflows
     ("0.6931471805599453 * gap", "gap"),
     ("tl.where(ignored, 0.0, weight * loss)", "weight * loss"),  # ignored rows count
     ("tl.where(ignored, 0.0, weight * loss)", "tl.where(ignored, 0.0, loss)"),
     ("tl.where(ignored, 0.0, 4.0 * dloss * weight)", "4.0 * dloss * weight"),  # and get a gradient
     ("tl.where(ignored, 0.0, 4.0 * dloss * weight)", "tl.where(ignored, 0.0, 4.0 * dloss)"),
     ("dx_target = -others * slope_target", "dx_target = -total * slope_target"),  # -1 for p_t - 1
-    ("dx = tl.where(cols == target, dx_target, block * factor)", "dx = block * factor"),
+    ("dx = tl.where(cols == target, dx_target, unscaled * factor)", "dx = unscaled * factor"),
     ("dx = tl.where(cols == target,", "dx = tl.where(cols == target + 1,"),
-    ("block = tl.exp2(z - top) * slope", "block = tl.exp2(z) * slope"),
+    ("unscaled = tl.exp2(z - top) * slope", "unscaled = tl.exp2(z) * slope"),
     ("unscaled = e * slope", "unscaled = e"),
     ("mask=cols < V)\n\n\ndef", "mask=cols < V - 1)\n\n\ndef"),  # last column never written
     ("(n_rows, V), device = logits.shape", "(n_rows, V), device = logits.detach().mul_(0.5).shape"),  # overwrites x
@@ -201,6 +201,7 @@ BAD = {
     "table of another width": ({"table": torch.zeros(9, 41)}, ValueError, r"table of shape \(9, 40\), got \(9, 41\)"),
     "empty table": ({"table": torch.zeros(0, 40)}, ValueError, r"R >= 1, got \(0, 40\)"),
     "integer table": ({"table": torch.zeros(9, 40).long()}, TypeError, "expected table in torch.bfloat16 or"),
+    "table wider than the logits": ({"table": torch.zeros(9, 40).double()}, TypeError, "got torch.float64"),
     "table to learn": ({"table": torch.zeros(9, 40, requires_grad=True)}, ValueError, "table that require no grad"),
     "rows 1-D": ({"rows": torch.zeros(6).long()}, ValueError, r"1 <= K <= 8, got \(6,\)"),
     "too many rows": ({"rows": torch.zeros(6, 9).long()}, ValueError, r"1 <= K <= 8, got \(6, 9\)"),

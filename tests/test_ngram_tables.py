@@ -182,7 +182,6 @@ def test_training_with_the_bias_learns_the_residue() -> None:
 
 
 def test_the_kernel_trains_as_the_reference_does() -> None:
-    """And promises it the gradient that backward() brings."""
     bias, ids, gradients = build([stream(3000)], SUM, V, BOS, CPU), stream(25), []
     for impl in ("kernel", "reference"):
         model = GPT(replace(MODEL, loss_impl=impl))
@@ -190,9 +189,6 @@ def test_the_kernel_trains_as_the_reference_does() -> None:
         loss = model(ids[:-1], ids[1:], torch.tensor([0, 8, 16, 24], dtype=torch.int32), False)
         gradients.append(torch.autograd.grad(loss, model.embedding)[0])
     assert_close_f32("gradient of the embedding", *gradients)
-    with pytest.raises(RuntimeError, match="another gradient than upstream had promised"):
-        model.config, model.ngram_bias = replace(MODEL, loss_impl="kernel"), bias
-        (model(ids[:-1], ids[1:], torch.tensor([0, 24], dtype=torch.int32), False) / 2).backward()
 
 
 def naive_bias(bias: NgramBias, row: tuple[int, ...]) -> Tensor:

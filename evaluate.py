@@ -1,32 +1,39 @@
 """Artifact -> bits per byte.
 
     python evaluate.py ARTIFACT --data FOLDER [--method sliding] [--tilt] [--tilt-version A] [--weights packed] ...
+    python evaluate.py ARTIFACT --data FOLDER --method score-first [--variant pr549] [--set learning_rate=0.001] ...
 
 FOLDER holds validation shards and a tokenizer: what `niblick.data.download` fetched, or what a training run prepared
-under cache/. Exit status 2 and one line for anything that cannot be scored.
+under cache/. Under torchrun every process is one rank and one GPU, and they share the work. Exit status 2 and one line
+for anything that cannot be scored, or not within the budget; Ctrl-C keeps what is scored, marked as partial.
 """
 
+import contextlib
 import json
+import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from niblick.artifact.container import read_artifact, require_tokenizer
+from niblick.artifact.container import ILLEGAL, Container, read_artifact, require_tokenizer
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import Weights, load_model
 from niblick.data import tokenizer as tokenizers
 from niblick.data.command_line import guarded, parse
 from niblick.data.shards import find_shards
-from niblick.evaluation.run import ValidationSet, evaluate_model
+from niblick.evaluation.clock import Clock, Policy, require_plot
+from niblick.evaluation.ranks import place
+from niblick.evaluation.run import evaluate_model, settings_of
 from niblick.evaluation.score import Score
+from niblick.evaluation.validation import ValidationSet, require_own_tokens
 from niblick.model.config import ConfigError, EvalConfig, Method, Tail, TiltVersion
 from niblick.model.files import write_atomically
 
@@ -40,7 +47,13 @@ class Arguments:
     tokenizer: Path | None = None
     """SentencePiece model; default: the one *.model in the folder of the data."""
     method: Method = "plain"
-    """plain: consecutive windows. sliding: overlapping ones, which give every target a long context."""
+    """plain: consecutive windows; of 65536 tokens, they are the challenge's variable-length evaluation. sliding:
+    overlapping ones, which give every target a long context. score-first: sliding, and the model is trained on every
+    stretch of text after it was scored. phased: each document adapts weights of its own."""
+    variant: str = ""
+    """Published settings of an adapting method (score-first: pr1413, pr1477, pr1514, pr549, pr461)."""
+    set: tuple[str, ...] = ()
+    """Settings laid over the variant's, as learning_rate=0.001."""
     tilt: bool = False
     """Raise the probability of tokens that followed the same tokens before."""
     tilt_version: TiltVersion = "B"
@@ -59,18 +72,25 @@ class Arguments:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     attention: Literal["auto", "fa4", "fa3", "fa2", "torch", "plain"] = "auto"
     budget_s: float = 600.0
-    """Seconds that an evaluation may take, for the share printed."""
+    """Seconds that an evaluation may take, from the start of the process."""
+    over_budget: Policy = "refuse"
+    """refuse: end an evaluation that will not fit, as soon as its rate is known. run: let it take its time."""
     out: Path | None = None
     """Also write the result there, as one line of JSON."""
+    plot: Path | None = None
+    """Also draw there what the time was spent on (a .png, .svg or .pdf)."""
 
 
-def main(words: list[str]) -> None:
-    began = time.perf_counter()
+def main(words: list[str]) -> int:
     arguments = parse(Arguments, words, script="evaluate.py", about=__doc__)
     if arguments.out and not arguments.out.parent.is_dir():
         raise ConfigError(f"--out: expected a folder {arguments.out.parent} to write into, found none")
+    if arguments.plot:
+        require_plot(arguments.plot)
+    clock = Clock.of_process(arguments.budget_s, arguments.over_budget)
     device, dtype = choose_device(arguments.device)
     artifact = read_artifact(arguments.artifact)
+    config = eval_config(arguments, artifact)
     model, rung = load_model(artifact, device, dtype, arguments.weights, arguments.attention)
     paths = find_shards(arguments.data, "val")
     tokenizer = arguments.tokenizer or tokenizers.find(arguments.data)
@@ -82,30 +102,50 @@ def main(words: list[str]) -> None:
         max_tokens=arguments.max_tokens,
     )
     require_tokenizer(artifact, tokenizer)
+    require_own_tokens(data.tokens, tokenizer, model.config.bos_id, paths[0])
+    with clock.interruptible():
+        score = run(model, data, config, arguments, clock)
+    if place()[0] == 0:
+        facts = {"weights": arguments.weights, "attention": rung, "device": str(device), "ranks": place()[1]}
+        report(summary(artifact, score, config, arguments, clock) | facts, arguments, clock)
+    return (130 if clock.interrupted else 2) if score.partial else 0
+
+
+def eval_config(arguments: Arguments, artifact: Container) -> EvalConfig:
+    """Checked to its last setting before anything is loaded."""
+    longest = artifact.config.max_segment
     config = EvalConfig(
         method=arguments.method,
+        variant=arguments.variant,
+        set=arguments.set,
         tail=arguments.tail,
-        sequence_length=model.config.max_segment if arguments.sequence_length is None else arguments.sequence_length,
+        sequence_length=longest if arguments.sequence_length is None else arguments.sequence_length,
         stride=arguments.stride,
         tokens_per_batch=arguments.tokens_per_batch,
         budget_s=arguments.budget_s,
     )
-    score = run(model, data, config, arguments)
-    report(summary(score, rung, str(device), time.perf_counter() - began, config, arguments), arguments.out)
+    settings_of(config)
+    return config
 
 
 def choose_device(wanted: str) -> tuple[torch.device, torch.dtype]:
-    """bf16 on a GPU, float32 on a CPU."""
+    """bf16 on a GPU, of several ranks each on its own; float32 on a CPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: expected a CUDA device, found none (--device cpu scores without one)")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     torch.set_float32_matmul_precision("high")
-    return torch.device("cuda"), torch.bfloat16
+    if not dist.is_initialized():
+        return torch.device("cuda"), torch.bfloat16
+    local, n_cards = dist.get_node_local_rank(place()[0]), torch.cuda.device_count()
+    if local >= n_cards:
+        raise ConfigError(f"torchrun --nproc-per-node: expected at most {n_cards}, one a CUDA device")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local), torch.bfloat16
 
 
-def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments) -> Score:
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments, clock: Clock) -> Score:
+    with Progress(transient=True, disable=not sys.stdout.isatty() or place()[0] > 0) as bar:
         task = bar.add_task("scoring", total=None)
         return evaluate_model(
             model,
@@ -113,49 +153,88 @@ def run(model, data: ValidationSet, config: EvalConfig, arguments: Arguments) ->
             config,
             tilt=arguments.tilt_version if arguments.tilt else None,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            clock=clock,
         )
 
 
 def summary(
-    score: Score, rung: str, device: str, seconds: float, config: EvalConfig, arguments: Arguments
+    artifact: Container, score: Score, config: EvalConfig, arguments: Arguments, clock: Clock
 ) -> dict[str, object]:
-    """Everything the table shows; the share of the budget is that of the whole run, loading included."""
+    """What the table shows and the JSON holds; the share of the budget is that of the whole process."""
+    parts = clock.seconds
+    total = sum(parts.values())
+    stride = (f"stride {config.stride}",) if config.method in ("sliding", "score-first") else ()
     return {
-        "artifact": str(arguments.artifact),
+        "artifact": artifact.path,
+        "illegal": ILLEGAL if artifact.trained_on_validation else "",
+        "partial": score.partial,
         "bits_per_byte": score.bits_per_byte,
         "nats_per_token": score.nats_per_token,
         "targets": score.n_targets,
         "bytes": score.n_bytes,
-        "seconds": seconds,
+        "seconds": total,
         "scoring_seconds": score.seconds,
-        "share_of_budget": seconds / config.budget_s,
+        "clock": {name: round(seconds, 3) for name, seconds in parts.items()},
+        "share_of_budget": total / config.budget_s,
         "tokens_per_second": score.n_targets / score.seconds,
-        "method": arguments.method + (f", stride {config.stride}" if arguments.method == "sliding" else ""),
+        "method": ", ".join([config.method, *filter(None, (config.variant, *config.set)), *stride]),
+        "notes": list(score.notes),
         "tilt": arguments.tilt_version if arguments.tilt else "none",
         "sequence_length": config.sequence_length,
         "tail": arguments.tail,
-        "weights": arguments.weights,
-        "attention": rung,
-        "device": device,
     }
 
 
-def report(result: dict[str, object], out: Path | None) -> None:
+def report(result: dict[str, object], arguments: Arguments, clock: Clock) -> None:
     formats = {"bits_per_byte": ".6f", "nats_per_token": ".6f", "share_of_budget": ".1%"}
     table = Table(show_header=False)
     for name, value in result.items():
+        if name in ("illegal", "partial", "clock", "notes"):
+            continue
         default = ",.1f" if isinstance(value, float) else ",d" if isinstance(value, int) else "s"
         table.add_row(name.replace("_", " "), format(value, formats.get(name, default)))
+    for note in result["notes"]:
+        table.add_row("note", note)
+    for warning in filter(None, (result["illegal"], result["partial"] and f"PARTIAL: {result['partial']}")):
+        table.add_row("WARNING", warning)
     Console().print(table)
-    if out:
+    print(clock.text())
+    if result["partial"]:
+        print(f"evaluate.py: {result['partial']} after {result['targets']:,} targets: no score", file=sys.stderr)
+    if arguments.out:
         line = json.dumps(result) + "\n"
-        write_atomically(out, lambda file: file.write(line.encode()))
+        write_atomically(arguments.out, lambda file: file.write(line.encode()))
+    if arguments.plot:
+        clock.plot(arguments.plot)
+
+
+def join_ranks() -> int:
+    """This process's rank, after it has joined the others that torchrun started, if it did."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group()  # gloo for a CPU, NCCL for GPUs
+    return place()[0]
 
 
 def command(words: list[str]) -> int:
-    """`main` with bad input as one line and exit status 2."""
-    return guarded("evaluate.py", main, words, ArtifactError, ConfigError)
+    """The exit status of `main`; bad input is one line, which of several ranks the first one says, and status 2."""
+    status = 0
+
+    def run_main(words: list[str]) -> None:
+        nonlocal status
+        status = main(words)
+
+    with contextlib.ExitStack() as stack:
+        if join_ranks():
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        return guarded("evaluate.py", run_main, words, ArtifactError, ConfigError) or status
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    status = command(sys.argv[1:])
+    if dist.is_initialized() and status:  # the other ranks may wait for this one, and its teardown for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)

@@ -1,6 +1,6 @@
 """The main job: preset -> data -> training inside the budget -> quantised artifact -> reloaded -> bits per byte.
 
-    python train.py [PRESET] [--section.option value ...] [--resume]
+    python train.py [PRESET] [--section.option value ...] [--resume] [--illegal-train-on-validation]
 
 Presets are in model/presets.py (default: demo); every field of model/config.py is an option. Under torchrun every
 process is one rank and one GPU; rank 0 prepares the data, writes, scores and prints.
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from niblick.artifact.container import pack, read_artifact, require_room, require_storable, write_artifact
+from niblick.artifact.container import ILLEGAL, pack, read_artifact, require_room, require_storable, write_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
@@ -41,7 +41,10 @@ from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare_cached
 from niblick.data.shards import count_tokens, first_tokens
-from niblick.evaluation.run import ValidationSet, evaluate_model
+from niblick.evaluation.clock import Clock
+from niblick.evaluation.prequantization import train_on_validation
+from niblick.evaluation.run import METHODS, evaluate_model, settings_of
+from niblick.evaluation.validation import ValidationSet
 from niblick.model.attention import attention_version, choose_attention
 from niblick.model.checkpoint import load_checkpoint, remove_half_written
 from niblick.model.config import ArtifactConfig, ConfigError, Preset
@@ -56,6 +59,7 @@ from niblick.model.runlog import RunLog, environment
 from niblick.model.training import Position, Trainer
 
 CHECKPOINT, ARTIFACT, LOG = "checkpoint.safetensors", "artifact.nbk", "log.jsonl"
+SHORT = {"--resume": "--run.resume", "--illegal-train-on-validation": "--evaluation.illegal-train-on-validation"}
 PLACES = ("data.cache", "run.out")
 """Settings in which the ranks may differ: folders of several machines."""
 YARDSTICK_TOKENS = 10_000_000
@@ -75,7 +79,7 @@ def parse_preset(words: list[str]) -> tuple[str, Preset]:
     for before, word in pairwise(rest):
         if word in PRESETS and not before.startswith("--"):  # after an option it is that option's value
             raise ConfigError(f"expected the preset before all options: got {word} after {before}")
-    rest = ["--run.resume" if word == "--resume" else word for word in rest]
+    rest = [SHORT.get(word, word) for word in rest]
     about = f"{__doc__}\nThe presets are {', '.join(PRESETS)}; these are the defaults of {name}."
     return name, parse(Preset, rest, script=f"train.py {name}", default=PRESETS[name], about=about)
 
@@ -166,6 +170,7 @@ def main(words: list[str]) -> None:
     name, preset = parse_preset(words)
     if preset.artifact.container == "lrzip":
         require_lrzip()  # now, not after ten minutes of training
+    settings_of(preset.evaluation)
     here = join(preset)
     out = Path(preset.run.out)
     stages = Stages(here.rank == 0)
@@ -190,6 +195,10 @@ def main(words: list[str]) -> None:
         trainer.warm_up(batches)
     with stages.stage("training"), make_loader(preset, prepared, here, position.cursor) as batches:
         position = run_clock(trainer, batches, position, out / CHECKPOINT, log)
+    trainer.ema.copy_to(trainer.model)
+    if preset.evaluation.illegal_train_on_validation:
+        with stages.stage("training on validation (ILLEGAL)"):
+            break_the_rules(trainer, prepared, log)
     with stages.stage("calibration"):
         hessians = collect(trainer, prepared, here)
     if here.world_size > 1:  # what follows is rank 0's alone and may take longer than the others would wait
@@ -249,6 +258,8 @@ def ngram_tables(preset: Preset, prepared: Prepared, here: Launch) -> NgramBias:
     with said_once(here.rank):
         if model.asymmetric_softcap:
             raise ConfigError(f"ngram_bias.mode {settings.mode} expected one softcap, found model.asymmetric_softcap")
+        if settings.at_evaluation == "artifact" and preset.evaluation.method == "phased":
+            raise ConfigError("evaluation.method phased expected ngram_bias.at_evaluation drop: got artifact")
         if settings.at_evaluation == "artifact":
             require_storable(settings, model, preset.artifact)
         tokens = first_tokens(prepared.train, model.vocab_size, settings.tokens)
@@ -267,10 +278,28 @@ def evaluation_code() -> list[Path]:
 # ---- after the clock -----------------------------------------------------------------------------------------------
 
 
+def load_held_out(preset: Preset, prepared: Prepared) -> ValidationSet:
+    return ValidationSet.load(
+        prepared.val,
+        prepared.tokenizer,
+        vocab_size=preset.model.vocab_size,
+        bos_id=preset.model.bos_id,
+        max_tokens=preset.data.max_val_tokens,
+    )
+
+
+def break_the_rules(trainer: Trainer, prepared: Prepared, log: RunLog | None) -> None:
+    """All ranks train on what will be scored. The log says so."""
+    preset = trainer.preset
+    said = print if log else lambda line: None
+    losses = train_on_validation(trainer.model, load_held_out(preset, prepared).tokens, preset.evaluation, said=said)
+    if log:
+        log.write("training on validation", illegal=ILLEGAL, losses=losses)
+
+
 def collect(trainer: Trainer, prepared: Prepared, here: Launch) -> dict[str, Tensor] | None:
-    """The averaged weights take their place in the model, and all ranks sum what its matrices see."""
+    """All ranks sum what the matrices of the averaged weights see."""
     preset, artifact = trainer.preset, trainer.preset.artifact
-    trainer.ema.copy_to(trainer.model)
     trainer.model.eval()
     row, enough = preset.model.max_segment, len(prepared.train) >= here.world_size
     rows = loaders.SequenceLoader(
@@ -299,7 +328,7 @@ def finish(
 ) -> None:
     """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
-    path = Path(preset.run.out) / ARTIFACT
+    path, illegal = Path(preset.run.out) / ARTIFACT, preset.evaluation.illegal_train_on_validation
     code = evaluation_code()
     code_bytes = sum(file.stat().st_size for file in code)
     if preset.ngram_bias.at_evaluation == "drop":
@@ -313,36 +342,40 @@ def finish(
         with stages.stage("fill"):
             quantized, settings = fill_up(trainer, prepared, hessians, code_bytes)
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, model.ngram_bias, code_bytes)
-    held_out = ValidationSet.load(
-        prepared.val,
-        prepared.tokenizer,
-        vocab_size=preset.model.vocab_size,
-        bos_id=preset.model.bos_id,
-        max_tokens=preset.data.max_val_tokens,
-    )
+        tables = model.ngram_bias
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, code_bytes)
+    held_out = load_held_out(preset, prepared)
+    config = preset.evaluation
+    adapts = METHODS[config.method].adapts
+    frozen = dataclasses.replace(config, method="plain", variant="", set=()) if adapts else config
 
     def score(stage: str, scored: GPT) -> float:
         with stages.stage(f"score {stage}"):
-            return evaluate_model(scored, held_out, config).bits_per_byte
+            return evaluate_model(scored, held_out, frozen).bits_per_byte
 
-    config = preset.evaluation
     bits = {"before quantisation": score("before quantisation", model)}
     if settings.target_bytes:
         set_weights(model, as_given)
         bits["with the clips given"] = score("with the clips given", model)
     set_weights(model, quantized)
     bits["after quantisation"] = score("after quantisation", model)
+    clock = Clock(config.budget_s)
     with stages.stage("reload"):
         artifact = read_artifact(path)
         reloaded, _ = load_model(artifact, here.device, here.dtype, attention=preset.model.attention)
-    bits["after reload"] = score("after reload", reloaded)
+    with stages.stage("score after reload"):
+        final = evaluate_model(reloaded, held_out, config, clock=clock)
+    bits[f"after reload, {config.method}" if adapts else "after reload"] = final.bits_per_byte
+    evaluation_s = clock.seconds
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
     ledger = byte_ledger(artifact, code, preset.artifact.cap_bytes, prepared.tokenizer)
     log.write(
         "end of run",
         bits_per_byte=bits,
+        **({"illegal": ILLEGAL} if illegal else {}),
+        notes=final.notes,
+        evaluation_seconds=evaluation_s,
         yardsticks=yardsticks,
         model_bytes=ledger.model_bytes,
         code_bytes=ledger.code_bytes,
@@ -350,12 +383,15 @@ def finish(
         seconds=stages.seconds,
         **position_fields(position),
     )
-    report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent)
-    before, after = stages.seconds.get("n-gram tables", 0.0), stages.seconds["calibration"]
-    what = "n-gram tables, training and calibration" if before else "training and calibration"
-    print_share(what, before + position.elapsed_s + after, preset.schedule.budget_s)
-    seconds = stages.seconds["reload"] + stages.seconds["score after reload"]
-    print_share("evaluation (reload and score)", seconds, config.budget_s)
+    report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent, ILLEGAL if illegal else "")
+    for note in final.notes:
+        print(note)
+    beside = ("n-gram tables", "training on validation (ILLEGAL)", "calibration")
+    outside = sum(stages.seconds.get(stage, 0.0) for stage in beside)
+    tables = "n-gram tables, " if "n-gram tables" in stages.seconds else ""
+    print_share(f"{tables}training and calibration", position.elapsed_s + outside, preset.schedule.budget_s)
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation_s.items() if seconds >= 0.05)
+    print_share(f"evaluation ({parts})", sum(evaluation_s.values()), config.budget_s)
 
 
 def print_share(what: str, seconds: float, budget_s: float) -> None:
@@ -370,7 +406,8 @@ def fill_up(
     target = preset.artifact.target_bytes
 
     def size_of(quantization: Quantization, settings: ArtifactConfig) -> int:
-        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, trainer.model.ngram_bias))
+        illegal, tables = preset.evaluation.illegal_train_on_validation, trainer.model.ngram_bias
+        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, illegal, tables))
 
     found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - code_bytes)
     factor = found.config.mlp_clip / preset.artifact.mlp_clip
@@ -392,9 +429,9 @@ def baselines(prepared: Prepared, held_out: ValidationSet) -> dict[str, float]:
     return {"token unigram": unigram} | compressors
 
 
-def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path, data: Path) -> None:
+def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: Path, data: Path, warning: str) -> None:
     console = Console()
-    scores = Table("bits per byte", "", title="Score on the held-out text")
+    scores = Table("bits per byte", "", title="Score on the held-out text", caption=warning or None)
     for name, value in (bits | yardsticks).items():
         scores.add_row(name, f"{value:.4f}")
     size = Table("stream", "values", "bits", "entropy B", "bytes", title="Bytes")

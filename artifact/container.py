@@ -4,8 +4,9 @@
     0       8     magic, "NIBLICK" and a zero byte
     8       2     version, 2
     10      2     kind of the body: 1 niblick's own, below; 2 and 3 the published ones, `published`: whole and in groups
+                  (with 0x8000 added: weights that were trained on the validation stream, no legal submission)
     12      8     B, bytes of the body
-    20      32    SHA-256 of the body
+    20      32    SHA-256 of the body; of such weights, that of "ILLEGAL" and the body, so that the mark stays
     52      B     the body, to the end of the file:
       0       4     bytes of the header, plain
       4       4     h, bytes of the header, coded
@@ -40,6 +41,9 @@ from niblick.model.ngram_tables import NgramBias
 
 MAGIC, VERSION = b"NIBLICK\0", 2
 OWN, WHOLE, GROUPS = 1, 2, 3
+ILLEGAL_KIND, ILLEGAL_SALT = 0x8000, b"ILLEGAL"
+ILLEGAL = "ILLEGAL: trained on the validation stream before it was quantised"
+"""What every reader shows of an artifact with that mark."""
 PROLOGUE = struct.Struct("<8sHHQ32s")
 HEADER_SIZES = struct.Struct("<II")
 
@@ -49,6 +53,10 @@ class Tables(NamedTuple):
 
     config: NgramBiasConfig
     integers: Tensor
+
+
+Contents = tuple[GPTConfig, Quantized, dict[str, int], str, int, Tables | None]
+"""Of a body: settings, weights, bytes of every stream, the tokenizer's digest, steps an octave, n-gram tables."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Container:
     size: int
     tokenizer_sha256: str
     steps_per_octave: int = 0
+    trained_on_validation: bool = False
+    """Such an artifact's score is no score: show ILLEGAL beside it."""
     ngram_bias: Tables | None = None
 
 
@@ -71,6 +81,7 @@ def write_artifact(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    trained_on_validation: bool = False,
     ngram_bias: NgramBias | None = None,
     code_bytes: int = 0,
 ) -> int:
@@ -79,7 +90,7 @@ def write_artifact(
     OSError; ArtifactError if lrzip is asked for and missing or failing, or if there are n-gram tables and the file and
     its code are beyond the cap: without them it might be sound. Nothing is left half-written.
     """
-    data = pack(quantized, config, tokenizer, settings, ngram_bias)
+    data = pack(quantized, config, tokenizer, settings, trained_on_validation, ngram_bias)
     cap = (settings or ArtifactConfig()).cap_bytes - code_bytes
     advice = "fewer ngram_bias.rows, a coarser ngram_bias.step, or artifact.target_bytes for a smaller model"
     require(
@@ -95,6 +106,7 @@ def pack(
     config: GPTConfig,
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
+    trained_on_validation: bool = False,
     ngram_bias: NgramBias | None = None,
 ) -> bytes:
     """The file, in the container that `settings` name (default: niblick's own, the only one for n-gram tables)."""
@@ -103,19 +115,27 @@ def pack(
         require_storable(ngram_bias.config, config, settings)
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizer else ""
     if settings.container == "brotli":
-        return seal(WHOLE, published.encode_whole(quantized, config, digest))
-    if settings.container != "niblick":
+        kind, body = WHOLE, published.encode_whole(quantized, config, digest)
+    elif settings.container == "niblick":
+        kind, body = OWN, _own_body(quantized, config, digest, settings.steps_per_octave, ngram_bias)
+    else:
         lrzip = settings.container == "lrzip"
         body, _ = published.encode_groups(quantized, config, digest, sort_rows=settings.sort_rows, lrzip=lrzip)
-        return seal(GROUPS, body)
-    entries, parts = streams.take_apart(quantized, settings.steps_per_octave)
+        kind = GROUPS
+    return seal(kind | ILLEGAL_KIND * trained_on_validation, body)
+
+
+def _own_body(
+    quantized: Quantized, config: GPTConfig, digest: str, steps_per_octave: int, ngram_bias: NgramBias | None
+) -> bytes:
+    entries, parts = streams.take_apart(quantized, steps_per_octave)
     coded = streams.encode(parts)
     ordered = {name: coded[name] for name in streams.stream_names(entries)}
     if ngram_bias is not None:
         ordered[TABLES] = encode_tables(ngram_bias, config)
     tables = ngram_bias and ngram_bias.config
     header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest, tables)
-    return assemble(header.to_json(), b"".join(ordered.values()))
+    return _join(header.to_json(), b"".join(ordered.values()))
 
 
 def require_storable(tables: NgramBiasConfig, config: GPTConfig, settings: ArtifactConfig) -> None:
@@ -147,23 +167,19 @@ def read_artifact(path: str | Path) -> Container:
     """Settings, weights and sizes. OSError, or ArtifactError with what was expected and found in the file."""
     try:
         kind, body = _read_body(Path(path))
-        size = PROLOGUE.size + len(body)
-        if kind == WHOLE:
-            config, quantized, tokenizer = published.decode_whole(body)
-            return Container(str(path), config, quantized, {"whole": len(body)}, size, tokenizer)
-        if kind == GROUPS:
-            config, quantized, tokenizer, sizes = published.decode_groups(body)
-            return Container(str(path), config, quantized, sizes, size, tokenizer)
-        header, data = _split_body(body)
-        coded = _split_streams(header, data)
-        quantized = streams.decode(header.entries, header.shapes(), coded)
-        tables = _tables(header, coded)
+        config, quantized, sizes, tokenizer, grid, tables = _READERS[kind & ~ILLEGAL_KIND](body)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    size = PROLOGUE.size + len(body)
+    return Container(str(path), config, quantized, sizes, size, tokenizer, grid, bool(kind & ILLEGAL_KIND), tables)
+
+
+def _read_own(body: bytes) -> Contents:
+    header, data = _split_body(body)
+    coded = _split_streams(header, data)
+    quantized = streams.decode(header.entries, header.shapes(), coded)
     grid = max(entry.steps_per_octave for entry in header.entries)
-    return Container(
-        str(path), header.config, quantized, header.coded_bytes, size, header.tokenizer_sha256, grid, tables
-    )
+    return header.config, quantized, header.coded_bytes, header.tokenizer_sha256, grid, _tables(header, coded)
 
 
 def _tables(header: Header, coded: dict[str, bytes]) -> Tables | None:
@@ -177,14 +193,35 @@ def _tables(header: Header, coded: dict[str, bytes]) -> Tables | None:
     return Tables(header.ngram_bias, torch.from_numpy(q))
 
 
+def _read_whole(body: bytes) -> Contents:
+    config, quantized, tokenizer = published.decode_whole(body)
+    return config, quantized, {"whole": len(body)}, tokenizer, 0, None
+
+
+def _read_groups(body: bytes) -> Contents:
+    config, quantized, tokenizer, sizes = published.decode_groups(body)
+    return config, quantized, sizes, tokenizer, 0, None
+
+
+_READERS = {OWN: _read_own, WHOLE: _read_whole, GROUPS: _read_groups}
+
+
 def assemble(header: bytes, data: bytes) -> bytes:
     """The whole file from a plain header and the streams."""
+    return seal(OWN, _join(header, data))
+
+
+def _join(header: bytes, data: bytes) -> bytes:
     coded = brotli.compress(header, quality=11)
-    return seal(OWN, HEADER_SIZES.pack(len(header), len(coded)) + coded + data)
+    return HEADER_SIZES.pack(len(header), len(coded)) + coded + data
 
 
 def seal(kind: int, body: bytes) -> bytes:
-    return PROLOGUE.pack(MAGIC, VERSION, kind, len(body), hashlib.sha256(body).digest()) + body
+    return PROLOGUE.pack(MAGIC, VERSION, kind, len(body), _digest(kind, body)) + body
+
+
+def _digest(kind: int, body: bytes) -> bytes:
+    return hashlib.sha256(ILLEGAL_SALT * bool(kind & ILLEGAL_KIND) + body).digest()
 
 
 # ---- the checks, in the order of the file ------------------------------------------------------------------------
@@ -199,11 +236,12 @@ def _read_body(path: Path) -> tuple[int, bytes]:
         require(magic == MAGIC, f"expected an artifact, which begins with {MAGIC!r}, found {magic!r}")
         advice = ": a newer niblick reads it" if version > VERSION else ""
         require(version == VERSION, f"expected artifact version {VERSION}, found {version}{advice}")
-        require(kind in (OWN, WHOLE, GROUPS), f"expected a kind of body from {OWN} to {GROUPS}, found {kind}")
+        known = kind & ~ILLEGAL_KIND in _READERS
+        require(known, f"expected a kind of body from {OWN} to {GROUPS}, found {kind}")
         expected = PROLOGUE.size + body_bytes
         require(found == expected, f"expected {expected} bytes as its prologue says, found {found}")
         body = file.read()
-    sha256 = hashlib.sha256(body).digest()
+    sha256 = _digest(kind, body)
     require(sha256 == digest, f"damaged: expected a body with SHA-256 {digest.hex()}, found {sha256.hex()}")
     return kind, body
 

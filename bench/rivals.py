@@ -52,11 +52,12 @@ def contenders(kernel: str, module: ModuleType, device: torch.device) -> list[Co
     """niblick first. Without a GPU only the eager paths: the others have nothing to run on, or too long to compile."""
     reference = getattr(module, f"{kernel}_ref")
     ours = Contender("niblick", getattr(module, kernel), one_pass=kernel in ONE_PASS)
-    eager, theirs = Contender("eager", reference), RIVALS.get(kernel, [])
+    eager, theirs = Contender("eager", reference, in_graph=kernel not in LOOPS), RIVALS.get(kernel, [])
     if device.type != "cuda":
         return [ours, eager, *theirs]
     variants = VARIANTS[kernel](module) if kernel in VARIANTS else []
-    return [ours, *variants, eager, Contender("torch.compile", torch.compile(reference, dynamic=False)), *theirs]
+    compiled = [] if kernel in LOOPS else [Contender("torch.compile", torch.compile(reference, dynamic=False))]
+    return [ours, *variants, eager, *compiled, *theirs]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -69,6 +70,10 @@ TRAINING_INPUTS = {
 
 ONE_PASS = {"linear_softcapped_ce"}
 """Kernels whose forward computes the gradients, where one is wanted."""
+
+LOOPS = {"trellis_search"}
+"""Kernels whose reference loops over hundreds of tokens, in thousands of launches: too many for a CUDA graph of all
+input sets, and torch.compile unrolls them for longer than they are worth."""
 
 FP8 = "float8_e4m3fn"
 

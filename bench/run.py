@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 
 from niblick.bench import report, results_file
+from niblick.bench.measure import Outcome
 from niblick.bench.session import KEY, Options, Session
 from niblick.data.command_line import guarded, parse
 from niblick.data.errors import DataError
@@ -66,11 +68,12 @@ def main(words: list[str]) -> None:
     start["commit"] = options.commit or start["commit"]
     if options.out:
         results_file.append(options.out, [])  # one that cannot be written is refused before anything is measured
+    session.keep = results = Results(session, start)
     try:
         failed = run_pytest(session, start, for_pytest)
     finally:  # Ctrl-C, or pytest-benchmark's refusal at the end, costs nothing that was measured
         if session.outcomes:
-            finish(session, start)
+            finish(session, results)
     if failed:
         sys.exit(1)
 
@@ -107,41 +110,57 @@ def run_pytest(session: Session, start: dict[str, object], for_pytest: list[str]
     return status != pytest.ExitCode.OK
 
 
-def finish(session: Session, start: dict[str, object]) -> None:
-    """Prints, and on a GPU keeps, what was found; a run that was cut short keeps what it has."""
+class Results:
+    """The file of a run: its start, then what was found of every kernel and size as soon as it is, because a run that
+    is killed should keep what it has. Without a GPU only where a file is asked for."""
+
+    def __init__(self, session: Session, start: dict[str, object]) -> None:
+        self.session, self._start = session, start
+        self.path = session.options.out
+        if session.cuda and not self.path:
+            self.path = results_file.default_path("kernels", session.device)
+        self._begun = False
+
+    @cached_property
+    def start(self) -> dict[str, object]:
+        """Measures the ceilings, if nothing did yet."""
+        options, ceilings = self.session.options, self.session.ceilings
+        facts = {"rounds": options.rounds, "gated": options.contract}
+        return self._start | facts | {"copy_tb_per_s": ceilings.bytes_per_s / 1e12, "products": ceilings.products}
+
+    def __call__(self, kernel: str, size: str) -> None:
+        if self.path:
+            found = records(kernel, size, self.session.outcomes[kernel, size])
+            results_file.append(self.path, found if self._begun else [self.start, *found])
+            self._begun = True
+
+
+def records(kernel: str, size: str, by_who: dict[str, Outcome]) -> list[dict[str, object]]:
+    """One a series of times, and one for each contender that was not timed, with the reason."""
+    found = []
+    for who, outcome in by_who.items():
+        found += [{"event": "kernel"} | record for record in outcome.records.values()]
+        if not outcome.records:
+            named = {"kernel": kernel, "size_name": size, "who": who, "status": outcome.status}
+            found.append({"event": "not timed"} | named)
+    return found
+
+
+def finish(session: Session, results: Results) -> None:
+    """Prints what was found, and on a GPU draws it; a whole run rewrites the table of README.md."""
     console = Console(width=None if sys.stdout.isatty() else 180)
-    start |= {
-        "rounds": session.options.rounds,
-        "gated": session.options.contract,
-        "copy_tb_per_s": session.ceilings.bytes_per_s / 1e12,
-        "products": session.ceilings.products,
-    }
     report.print_ceilings(session.ceilings, console)
     report.print_outcomes(session.outcomes, console)
-    out = session.options.out or (results_file.default_path("kernels", session.device) if session.cuda else None)
-    if out:
-        results_file.append(out, [start, *records(session)])
-        console.print(f"appended to {out}")
+    if results.path:
+        console.print(f"appended to {results.path}")
     if session.cuda and session.options.plots:
-        for path in report.write_plots(results_file.FOLDER / "plots", session.outcomes, start):
+        for path in report.write_plots(results_file.FOLDER / "plots", session.outcomes, results.start):
             console.print(f"drawn: {path}")
     if session.whole and session.options.readme:
-        report.write_readme(ROOT / "README.md", session.outcomes, start, session.ceilings)
+        report.write_readme(ROOT / "README.md", session.outcomes, results.start, session.ceilings)
         console.print("README.md: table written")
     if not session.options.contract:
         console.print("NO CONTRACT WAS RUN: these figures are ungated.")
-
-
-def records(session: Session) -> list[dict[str, object]]:
-    """One a series of times, and one for each contender that was not timed, with the reason."""
-    found = []
-    for (kernel, size), by_who in session.outcomes.items():
-        for who, outcome in by_who.items():
-            found += [{"event": "kernel"} | record for record in outcome.records.values()]
-            if not outcome.records:
-                named = {"kernel": kernel, "size_name": size, "who": who, "status": outcome.status}
-                found.append({"event": "not timed"} | named)
-    return found
 
 
 def command(words: list[str]) -> int:

@@ -49,6 +49,8 @@ class Session:
     options: Options
     say: Callable[[str], None] = lambda text: print(text, flush=True)
     outcomes: dict[tuple[str, str], dict[str, Outcome]] = field(default_factory=dict)
+    keep: Callable[[str, str], None] = lambda kernel, size_name: None
+    """Called with each kernel and size as soon as its outcome is known."""
 
     def __post_init__(self) -> None:
         known = measure.kernels()
@@ -132,6 +134,7 @@ class Session:
                 self.outcomes[key] = self._measure(kernel, size_name)
             else:
                 self.outcomes[key] = {"niblick": Outcome(f"red: {reason}")}
+            self.keep(*key)
         return self.outcomes[key]
 
     def _measure(self, kernel: str, size_name: str) -> dict[str, Outcome]:

@@ -1,6 +1,6 @@
 """Audit a way of scoring: tests T1 to T16 of the legality of a bits-per-byte score.
 
-    python -m niblick.evaluation.audit plain|sliding [--tilt] [--data FOLDER]
+    python -m niblick.evaluation.audit plain|sliding|score-first [--tilt] [--data FOLDER]
     python -m niblick.evaluation.audit FILE.py:NAME --vocab-size V
 
 A small random model is scored; what is tested is the method. NAME in FILE.py is any scorer, as `audit_protocol`
@@ -27,6 +27,7 @@ from niblick.evaluation.audit_isolation import isolation
 from niblick.evaluation.audit_own import ModelScorer, tiny_model
 from niblick.evaluation.audit_protocol import Scorer
 from niblick.evaluation.audit_report import Report, run_test
+from niblick.evaluation.run import METHODS
 from niblick.model.config import ConfigError, EvalConfig
 
 TESTS = (
@@ -87,7 +88,11 @@ def check(
 @dataclass(frozen=True)
 class Arguments:
     method: tyro.conf.Positional[str]
-    """plain, sliding, or FILE.py:NAME."""
+    """plain, sliding, score-first, or FILE.py:NAME."""
+    variant: str = ""
+    """Published settings of an adapting method; its chunks are made small."""
+    set: tuple[str, ...] = ()
+    """Settings of an adapting method, laid over those."""
     tilt: bool = False
     """With n-gram hints."""
     data: Path | None = None
@@ -143,12 +148,17 @@ def _data(arguments: Arguments):
 
 
 def _own(arguments: Arguments, vocab_size: int, processor) -> ModelScorer:
-    if arguments.method not in ("plain", "sliding"):
-        raise DataError(f"expected a method plain, sliding or FILE.py:NAME, found {arguments.method!r}")
+    if arguments.method not in METHODS:
+        raise DataError(f"expected a method {', '.join(METHODS)} or FILE.py:NAME, found {arguments.method!r}")
     counted = processor and not tokenizers.has_case_operators(processor)
     table = tokenizers.ByteTable.of(processor) if counted else None
     config = EvalConfig(
-        method=arguments.method, sequence_length=arguments.sequence_length, stride=arguments.stride, tokens_per_batch=64
+        method=arguments.method,
+        variant=arguments.variant,
+        set=METHODS[arguments.method].small + arguments.set,
+        sequence_length=arguments.sequence_length,
+        stride=arguments.stride,
+        tokens_per_batch=64,
     )
     return ModelScorer(
         tiny_model(vocab_size, seed=arguments.seed), config, tilt="B" if arguments.tilt else None, table=table

@@ -2,56 +2,67 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from niblick.data import sidecar
-from niblick.data import tokenizer as tokenizers
-from niblick.data.errors import DataError
-from niblick.data.shards import check_ids, first_bos, read_shard
-from niblick.evaluation.hints import token_hints
-from niblick.evaluation.score import Score, score
+from niblick.data.command_line import nearest, parse
+from niblick.evaluation.clock import Clock
+from niblick.evaluation.hints import Hints, token_hints
+from niblick.evaluation.phased import PHASED, PhasedConfig, phased_score
+from niblick.evaluation.score import Progress, Record, Score, score
+from niblick.evaluation.score_first import SCORE_FIRST, score_first
+from niblick.evaluation.validation import ValidationSet
 from niblick.evaluation.windows import Window, plain_windows, rows_kept, sliding_windows
-from niblick.model.config import EvalConfig, TiltVersion
+from niblick.model.config import ConfigError, EvalConfig, TiltVersion
 from niblick.model.gpt import GPT
 
+REHEARSED_DOCUMENT = 600
+RAGGED = 7
+"""Tokens beyond whole windows: kernels are compiled apart for counts that are no multiples of 16."""
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """The held-out stream: tokens (N,), and byte_counts (N,), the bytes of text that each stands for: int16 from the
-    tokenizer's table, or what lies beside the shards (the first is never a target)."""
 
-    tokens: np.ndarray
-    byte_counts: np.ndarray
+class EvaluationMethod(NamedTuple):
+    """score(model, data, config, settings, *, hints, progress, record, clock) -> Score. variants: its settings by name,
+    the default first; empty where EvalConfig says everything. rehearsal(config, settings): tokens of a stream whose
+    evaluation launches all that the real one will; None: the method sees to that itself. adapts: it trains the model,
+    and puts it back. small: settings with which it does all that it ever does within a hundred tokens, for the audit.
+    """
 
-    @classmethod
-    def load(
-        cls, shards: Sequence[Path], tokenizer: str | Path, *, vocab_size: int, bos_id: int = 1, max_tokens: int = 0
-    ) -> "ValidationSet":
-        """Shards end to end, cut after max_tokens where that is given. Where byte counts lie beside the shards, they
-        are the bytes; a tokenizer with case operators needs them. DataError for a shard or tokenizer that is not sound,
-        byte counts that are not those of the shard and tokenizer, another vocabulary, no document start, or fewer than
-        two tokens."""
-        if max_tokens < 0:
-            raise DataError(f"expected a number of held-out tokens, or 0 for all: found {max_tokens}")
-        processor = tokenizers.load(tokenizer, vocab_size)
-        parts = []
-        for path in shards:
-            parts.append(read_shard(path))
-            check_ids(parts[-1], vocab_size, path)
-        first_bos(parts[0], bos_id, shards[0])
-        tokens = np.concatenate(parts)[: max_tokens or None]
-        if len(tokens) < 2:
-            raise DataError(f"{shards[0].parent}: expected at least 2 held-out tokens, found {len(tokens)}")
-        beside = sidecar.read_all(shards, tokenizer, processor)
-        if beside is not None:
-            return cls(tokens, np.concatenate(beside)[: len(tokens)])
-        counts = np.zeros(len(tokens), np.int16)
-        counts[1:] = tokenizers.ByteTable.of(processor).bytes(tokens[:-1], tokens[1:])
-        return cls(tokens, counts)
+    score: Callable[..., Score]
+    rehearsal: Callable[[EvalConfig, object], int] | None
+    variants: Mapping[str, object] = MappingProxyType({})
+    adapts: bool = False
+    small: tuple[str, ...] = ()
+
+
+def _score_windows(model: GPT, data: ValidationSet, config: EvalConfig, settings: None, **options: object) -> Score:
+    windows = windows_of(config, len(data.tokens))
+    return score(model, data.tokens, data.byte_counts, windows, tokens_per_batch=config.tokens_per_batch, **options)
+
+
+def _phased(model: GPT, data: ValidationSet, config: EvalConfig, settings: PhasedConfig, **options: object) -> Score:
+    return phased_score(model, data, settings, **options)
+
+
+METHODS = {
+    "plain": EvaluationMethod(_score_windows, lambda config, _: config.tokens_per_batch),
+    "sliding": EvaluationMethod(
+        _score_windows,
+        lambda config, _: config.sequence_length + config.stride * (config.tokens_per_batch // config.sequence_length),
+    ),
+    "score-first": EvaluationMethod(
+        score_first,
+        lambda config, settings: settings.chunk_rows + config.sequence_length,
+        SCORE_FIRST,
+        adapts=True,
+        small=("chunk_rows=32", "learning_rate=0.1"),
+    ),
+    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True),
+}
+"""A method is an entry here, and its name one of `model.config.Method`."""
 
 
 def evaluate_model(
@@ -60,29 +71,54 @@ def evaluate_model(
     config: EvalConfig,
     *,
     tilt: TiltVersion | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    record: Callable[[np.ndarray, np.ndarray], object] | None = None,
+    progress: Progress | None = None,
+    record: Record | None = None,
+    clock: Clock | None = None,
 ) -> Score:
-    """Score every target once; the seconds are those of everything done here, the hints of `tilt` included.
+    """Score every target once; the seconds are those of everything done here, the hints of `tilt` included. The model
+    is afterwards what it was before.
 
-    tilt: the version of the n-gram hints, made on the model's device; None: no hints.
+    tilt: the version of the n-gram hints, made on the model's device; None: no hints. clock: is told what the time is
+    spent on, and may end the evaluation early.
 
-    `progress` and `record` are called as in `score`. ConfigError for sizes that leave no target, or a stream that hints
-    refuse.
+    `progress` and `record` are called as in `score`. ConfigError for sizes that leave no target, a stream that hints
+    refuse, settings that the method lacks, or packed weights where they are to be trained.
     """
-    began = time.perf_counter()
-    windows = windows_of(config, len(data.tokens))
-    result = score(
-        model,
-        data.tokens,
-        data.byte_counts,
-        windows,
-        tokens_per_batch=config.tokens_per_batch,
-        hints=token_hints(data.tokens, tilt, device=model.embedding.device) if tilt else None,
-        progress=progress,
-        record=record,
-    )
+    began, clock = time.perf_counter(), clock or Clock(config.budget_s)
+    settings, method = settings_of(config), METHODS[config.method]
+    if method.rehearsal and _compiles(model):
+        with clock.part("compile"):
+            rehearse(model, config, tilted=tilt is not None)
+    hints = None
+    if tilt:
+        with clock.part("precompute"):
+            hints = token_hints(data.tokens, tilt, device=model.embedding.device)
+    with clock.part("score"):
+        result = method.score(model, data, config, settings, hints=hints, progress=progress, record=record, clock=clock)
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def settings_of(config: EvalConfig) -> object:
+    """The method's own settings: the variant named, with config.set laid over it; None for a method that has none.
+
+    ConfigError or DataError for a method, variant or setting that there is not.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"evaluation.method: expected one of {', '.join(METHODS)}, found {config.method}")
+    variants = METHODS[config.method].variants
+    if not variants:
+        if config.variant or config.set:
+            found = config.variant or config.set[0]
+            raise ConfigError(f"evaluation.method {config.method}: expected no variant or settings, found {found}")
+        return None
+    name = config.variant or next(iter(variants))
+    if name not in variants:
+        raise ConfigError(
+            f"evaluation.variant: expected one of {', '.join(variants)} for {config.method}, found {name}"
+            f"{nearest(name, variants)}"
+        )
+    settings, words = variants[name], [f"--{word}" for word in config.set]
+    return parse(type(settings), words, script=config.method, default=settings) if words else settings
 
 
 def windows_of(config: EvalConfig, n_tokens: int) -> list[Window]:
@@ -91,3 +127,22 @@ def windows_of(config: EvalConfig, n_tokens: int) -> list[Window]:
     if config.method == "plain":
         return plain_windows(n_rows, config.sequence_length)
     return sliding_windows(n_rows, config.sequence_length, config.stride)
+
+
+def _compiles(model: GPT) -> bool:
+    return model.embedding.is_cuda
+
+
+def rehearse(model: GPT, config: EvalConfig, *, tilted: bool = False) -> None:
+    """The method itself on a short stream of random ids, so that what compiles when it is first used has compiled.
+
+    No token of the validation stream is touched, and no parameter is changed afterwards.
+    """
+    settings, method = settings_of(config), METHODS[config.method]
+    n, vocabulary = method.rehearsal(config, settings) + RAGGED, model.config.vocab_size
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, vocabulary, n)
+    tokens[::REHEARSED_DOCUMENT] = model.config.bos_id
+    hints = Hints(generator.integers(-1, vocabulary, n), np.ones(n, np.float32)) if tilted else None
+    stream = ValidationSet(tokens, np.zeros(n, np.int16))
+    method.score(model, stream, config, settings, hints=hints, progress=None, record=None, clock=Clock())

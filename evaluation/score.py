@@ -12,7 +12,7 @@ start, however windows are batched.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +22,20 @@ from torch import Tensor
 
 from niblick.data.bits_per_byte import bits_per_byte
 from niblick.data.loaders import document_starts, row_starts
+from niblick.evaluation.clock import Clock
 from niblick.evaluation.hints import Hints
+from niblick.evaluation.ranks import own_share, sum_over_ranks
 from niblick.evaluation.windows import Window
 from niblick.kernels.ngram_tilt import MAX_EXPONENT, ngram_tilt
 from niblick.kernels.softcapped_ce import softcapped_ce
 from niblick.model.config import ConfigError, GPTConfig
 from niblick.model.gpt import GPT
+
+Progress = Callable[[int, int], object]
+"""Called with the targets scored so far and all of them."""
+Record = Callable[[np.ndarray, np.ndarray], object]
+"""Called with targets (n,) and their losses (n,), final then. Where it has a method `updated`, that is called with the
+targets (n,) of each step that an adaptation makes, after the step."""
 
 LOGITS_BYTES = 1 << 28
 """Logits are made for so many rows at a time: 256 MiB are 16,384 rows of 8192 in bf16."""
@@ -41,6 +49,10 @@ class Score:
     n_targets: int
     n_bytes: int
     seconds: float
+    partial: str = ""
+    """Why the scoring ended before its last target, or nothing."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the score must know besides, a line each."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -49,6 +61,11 @@ class Score:
     @property
     def nats_per_token(self) -> float:
         return self.nll / self.n_targets
+
+    def plus(self, more: "Score") -> "Score":
+        """The score of the targets of both, `more` being of later ones."""
+        sums = (getattr(self, name) + getattr(more, name) for name in ("nll", "n_targets", "n_bytes", "seconds"))
+        return Score(*sums, partial=self.partial or more.partial, notes=self.notes + more.notes)
 
 
 class Packed(NamedTuple):
@@ -65,50 +82,72 @@ def score(
     model: GPT,
     tokens: np.ndarray,
     byte_counts: np.ndarray,
-    windows: list[Window],
+    windows: Sequence[Window],
     *,
     tokens_per_batch: int,
     hints: Hints | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    record: Callable[[np.ndarray, np.ndarray], object] | None = None,
+    progress: Progress | None = None,
+    record: Record | None = None,
+    clock: Clock | None = None,
+    foresee: bool = True,
 ) -> Score:
     """Score the targets of `windows` with the looped model, in eval mode.
 
     tokens (N,) of an integer type and byte_counts (N,): bytes that each token stands for. A forward takes as many
     windows as fit in tokens_per_batch, at least one. `progress` is called with the targets scored so far and all of
     them, `record` with the targets of each forward, int64, and their losses, float32. Sums are in float64, on the
-    device.
+    device. Where `clock` says stop, what was scored by then is the result, marked as partial; foresee: it is also
+    asked whether the rest will fit (OverBudget).
+
+    Of several ranks each scores its share of the windows; `progress` and `record` tell of it, the result of all.
 
     ConfigError for no window, or hints for a model with two softcaps or an n-gram bias.
     """
-    if not windows:
-        raise ConfigError(f"score: expected at least one target, found none in {len(tokens)} tokens")
+    require_targets(windows, len(tokens))
     if hints is not None:
-        _check_tilt(model)
-    began, was_training = time.perf_counter(), model.training
+        check_tilt(model.config)
+        if model.ngram_bias is not None:
+            raise ConfigError("score: the n-gram tilt expected a model without an n-gram bias, found one with tables")
+    began, was_training, windows, everything = time.perf_counter(), model.training, own_share(windows), windows
     nll = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
-    n_targets, n_bytes, total = 0, 0, sum(w.end - w.first_scored for w in windows)
+    n_targets, n_bytes, total = 0, 0, _count_targets(windows)
+    n_rows, all_rows, stopped = 0, sum(w.end - w.start for w in windows), ""
     model.eval()
     try:
-        for batch in _batches(windows, tokens_per_batch):
+        for batch in batches(windows, tokens_per_batch):
             packed = pack(tokens, batch, model.config)
             losses = token_nll(model, packed, tokens, hints)
             nll += losses.double().sum()
             n_targets += len(packed.targets)
             n_bytes += int(byte_counts[packed.targets].sum(dtype=np.int64))
+            n_rows += sum(w.end - w.start for w in batch)
             if progress:
                 progress(n_targets, total)
             if record:
                 record(packed.targets, losses.cpu().numpy())
+            if clock and foresee:
+                clock.foresee(n_rows / all_rows)
+            if clock and (stopped := clock.stop()):
+                break
     finally:
         model.train(was_training)
-    return Score(nll.item(), n_targets, n_bytes, time.perf_counter() - began)
+    sums = torch.stack([nll, *(nll.new_tensor(count) for count in (n_targets, n_bytes))])
+    sum_over_ranks([sums])
+    nll, n_targets, n_bytes = (kind(x) for kind, x in zip((float, int, int), sums.tolist(), strict=True))
+    partial = "" if n_targets == _count_targets(everything) else stopped or "another rank stopped"
+    return Score(nll, n_targets, n_bytes, time.perf_counter() - began, partial)
 
 
-def _check_tilt(model: GPT) -> None:
-    config = model.config
-    if model.ngram_bias is not None:
-        raise ConfigError("score: the n-gram tilt expected a model without an n-gram bias, found one with tables")
+def require_targets(windows: Sequence[Window], n_tokens: int) -> None:
+    if not windows:
+        raise ConfigError(f"score: expected at least one target, found none in {n_tokens} tokens")
+
+
+def _count_targets(windows: Sequence[Window]) -> int:
+    return sum(window.end - window.first_scored for window in windows)
+
+
+def check_tilt(config: GPTConfig) -> None:
     if config.asymmetric_softcap:
         raise ConfigError("score: the n-gram tilt expected one softcap, found model.asymmetric_softcap")
     largest = (MAX_EXPONENT - math.log(config.vocab_size)) / 2
@@ -151,7 +190,7 @@ def _on(device: torch.device, values: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
 
 
-def pack(tokens: np.ndarray, windows: list[Window], config: GPTConfig) -> Packed:
+def pack(tokens: np.ndarray, windows: Sequence[Window], config: GPTConfig) -> Packed:
     """Lay windows end to end, each after its predecessor where the smear gate will look for it."""
     ids, starts, rows, targets, length = [], [], [], [], 0
     for window in windows:
@@ -176,7 +215,8 @@ def _segment_starts(ids: np.ndarray, config: GPTConfig) -> np.ndarray:
     return document_starts(ids, config.bos_id, config.max_segment).numpy()[:-1]
 
 
-def _batches(windows: list[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
+    """As many windows together as come to at most tokens_per_batch tokens, at least one."""
     batch, size = [], 0
     for window in windows:
         length = window.end - window.start
@@ -185,4 +225,5 @@ def _batches(windows: list[Window], tokens_per_batch: int) -> Iterator[list[Wind
             batch, size = [], 0
         batch.append(window)
         size += length
-    yield batch
+    if batch:
+        yield batch

@@ -11,8 +11,9 @@ square 0.58; eager, which rounds h before it squares, has 0.67 (bfloat16). At sl
 rounded as usual.
 
 Shapes: x (..., D), up (F, D), down (D, F), all contiguous and of one dtype: bfloat16, float16 or float32; y like x.
-Sums are float32. float64 runs on CPU only, in plain PyTorch. float16 holds no a below 6e-8: |h| < 2.4e-4 is lost; and
-none above 65504. An a that overflows, in any dtype, becomes inf, or NaN where h < 0 (inf with its last bit set).
+Sums are float32, of float32 inputs float64. float64 inputs: CPU only, in plain PyTorch. float16 holds no a below 6e-8:
+|h| < 2.4e-4 is lost; and none above 65504. An a that overflows, in any dtype, becomes inf, or NaN where h < 0 (inf
+with its last bit set).
 Must move: forward reads x, writes a, reads it, writes y; backward reads dy and a, writes dh, and reads x, dy, a, dh
 for the gradients; each (N, F) matrix is 400 MB at N = 98,304, F = 2,048. Arithmetic outweighs it: 12 N D F operations.
 
@@ -63,7 +64,7 @@ LAUNCH = {
     ),
     "weights fp8": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=5),
     "pointers": dict(BLOCK_M=128, BLOCK_F=128, BLOCK_K=32, PARTS=1, programs=0, num_warps=8, num_stages=3),
-    "float32": dict(BLOCK_M=64, BLOCK_F=64, BLOCK_K=16, PARTS=1, programs=0, num_warps=4, num_stages=2),
+    "float32": dict(BLOCK_M=32, BLOCK_F=64, BLOCK_K=8, PARTS=1, programs=0, num_warps=8, num_stages=2),
 }
 # 0.050 ms for x of the record; same card and day, 8 configurations.
 CAST = {"BLOCK_M": 64, "BLOCK_D": 128, "num_warps": 4}
@@ -328,8 +329,9 @@ def _tile_of_product(
     row = tile // n_blocks * BLOCK_M
     col = tile % n_blocks * BLOCK_F
     n_rows = tl.cdiv(N, BLOCK_M) * BLOCK_M if FP8 else N
-    # Pieces of BLOCK_K in float32 are added up in float64: the roundings of one chain over K are beyond twice a
-    # library's error, and float32 sums of pieces are one, as Triton joins acc + dot(a, b) into dot(a, b, acc).
+    # float32 is multiplied and added up in float64: where the terms of a column of gradients nearly cancel, what is left
+    # is of the size of the roundings, and those of float32 chains of only 16 were thrice a library's. Without tl.dot, of
+    # which Triton 3.7 has none in float64 for Blackwell.
     acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float64 if DTYPE == tl.float32 else tl.float32)
     for k in range(0, K, BLOCK_K):
         a = _load_tile(x, row, k, n_rows, K, BLOCK_M, BLOCK_K, TMA).to(OPERAND)
@@ -338,7 +340,7 @@ def _tile_of_product(
         else:
             b = _load_tile(w, k, col, K, n_cols, BLOCK_K, BLOCK_F, TMA).to(OPERAND)
         if DTYPE == tl.float32:
-            acc += tl.dot(a, b, input_precision="ieee").to(tl.float64)
+            acc += tl.sum(a.to(tl.float64)[:, :, None] * b.to(tl.float64)[None, :, :], 1)
         else:
             acc = tl.dot(a, b, acc)
     _epilogue(

@@ -212,7 +212,7 @@ def _qk_norm_rope_bwd_kernel(
         _store_heads(dk_ptr, dk, at_k, HEADS_K, d)
         if dv_ptr is not None:
             _store_heads(dv_ptr, dv, at_k, HEADS_K, d)
-    if gain_ptr is not None:
+    if dgain_ptr is not None:
         tl.store(dgain_ptr + tl.program_id(0) * H + heads, tl.sum(dgain, axis=1), mask=heads < H)
 
 
@@ -252,13 +252,15 @@ def _forward(
 @_as_given
 def _backward(
     dq_out: Tensor | None, dk_out: Tensor | None, dv_out: Tensor | None, q: Tensor, k: Tensor | None,
-    cos: Tensor, sin: Tensor, gain: Tensor | None, kv_heads: int, eps: float,
+    cos: Tensor, sin: Tensor, gain: Tensor | None, kv_heads: int, eps: float, gain_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q (or of the fused projection), k and gain, without elements where there is none."""
+    """The gradients of q (or of the fused projection), k and gain, without elements where there is none, or none is
+    wanted."""
     dq, dk = (None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
     gradients, (q_heads, k_heads, *v) = _heads(dq, dk, kv_heads), _heads(q, k, kv_heads)
     grid, sizes = _launch("backward", q.is_cuda, *q_heads.shape, k_heads.shape[1], cos.shape[1])
-    dgain = None if gain is None else torch.empty((grid[0], len(gain)), dtype=torch.float32, device=q.device)
+    gain_wanted = gain_wanted and gain is not None
+    dgain = torch.empty((grid[0], len(gain)), dtype=torch.float32, device=q.device) if gain_wanted else None
     douts = (dq_out, dk_out, dv_out if v else None)
     # None is no argument at all: what the two forms do not share costs the plain one nothing, to the instruction.
     strides = (stride for dout in douts for stride in ((None,) * 3 if dout is None else dout.stride()))
@@ -267,7 +269,7 @@ def _backward(
         q_heads.stride(0), q_heads.stride(1), k_heads.stride(0), k_heads.stride(1), **sizes, eps=eps,
     )  # fmt: skip
     dk = q.new_empty(0) if dk is None else dk
-    return dq, dk, q.new_empty(0) if gain is None else dgain.sum(0).to(gain.dtype)
+    return dq, dk, dgain.sum(0).to(gain.dtype) if gain_wanted else q.new_empty(0)
 
 
 @lru_cache  # it is most of what a launch costs the host
@@ -291,7 +293,7 @@ def _forward_eager(q, k, cos, sin, gain, kv_heads, eps):
     return q_out, k_out, v_out
 
 
-def _backward_eager(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps):
+def _backward_eager(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps, gain_wanted=True):
     fused, dtype, wide = k is None, q.dtype, torch.promote_types(q.dtype, torch.float32)
     cos, sin = (t.to(wide)[:, None] for t in (cos, sin))
     q, k, *v = _heads(q, k, kv_heads)
@@ -310,7 +312,7 @@ def _backward_eager(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps)
     dq, c = through(dq_out, q, 1.0 if gain is None else gain.to(wide)[:, None])
     dk, _ = through(dk_out, k, 1.0)
     dq, dk = (torch.cat((dq, dk, *dv), 1), q.new_empty(0)) if fused else (dq, dk)
-    return dq, dk, q.new_empty(0) if gain is None else c.sum(0).to(gain.dtype)
+    return dq, dk, c.sum(0).to(gain.dtype) if gain is not None and gain_wanted else q.new_empty(0)
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
@@ -340,9 +342,10 @@ def _forward_fake(q, k, cos, sin, gain, kv_heads, eps):
 
 
 @_op_backward.register_fake
-def _backward_fake(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps):
+def _backward_fake(dq_out, dk_out, dv_out, q, k, cos, sin, gain, kv_heads, eps, gain_wanted=True):
     dk = q.new_empty(0 if k is None else k.shape)
-    return q.new_empty(q.shape), dk, q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
+    dgain = gain.new_empty(gain.shape) if gain is not None and gain_wanted else q.new_empty(0)
+    return q.new_empty(q.shape), dk, dgain
 
 
 def _setup_context(ctx, inputs, output):
@@ -353,8 +356,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dq_out, dk_out, dv_out):
     _, k, _, _, gain = tensors = ctx.saved_tensors
-    dq, dk, dgain = _op_backward(dq_out, dk_out, dv_out, *tensors, ctx.kv_heads, ctx.eps)
-    return dq, None if k is None else dk, None, None, None if gain is None else dgain, None, None
+    gain_wanted = gain is not None and ctx.needs_input_grad[4]
+    dq, dk, dgain = _op_backward(dq_out, dk_out, dv_out, *tensors, ctx.kv_heads, ctx.eps, gain_wanted)
+    return dq, None if k is None else dk, None, None, dgain if gain_wanted else None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -137,9 +137,9 @@ def _residual_norm_bwd_kernel(
     z_scale_ptr,
     g_ptr,  # (N, D), contiguous: the gradient of every term without one of its own; missing if all have one
     dx_ptr,  # (N, D), contiguous: x's own gradient, if it has a scale or there is ds; y's and z's, if they have a scale
-    dy_ptr,
+    dy_ptr,  # and missing if y is frozen
     dz_ptr,
-    shares_ptr,  # (scales, n_programs, D) float32: each program's share of the scales' gradients
+    shares_ptr,  # (scales, n_programs, D) float32: each program's share of the scales' gradients; missing if frozen
     stride_du,
     stride_du_col,
     stride_dn,
@@ -194,25 +194,29 @@ def _residual_norm_bwd_kernel(
             tl.store(g_ptr + row * D + cols, g.to(g_ptr.dtype.element_ty), mask=inside)
         if dx_ptr is not None:
             tl.store(dx_ptr + row * D + cols, (g * x_scale + ds).to(dx_ptr.dtype.element_ty), mask=inside)
-        if x_scale_ptr is not None:
-            x_share += g * s
-        if y_scale_ptr is not None:
+        if dy_ptr is not None:
             tl.store(dy_ptr + row * D + cols, (g * y_scale).to(dy_ptr.dtype.element_ty), mask=inside)
-            y_share += g * y
-        if z_scale_ptr is not None:
+        if dz_ptr is not None:
             tl.store(dz_ptr + row * D + cols, (g * z_scale).to(dz_ptr.dtype.element_ty), mask=inside)
-            z_share += g * z
+        if shares_ptr is not None:
+            if x_scale_ptr is not None:
+                x_share += g * s
+            if y_scale_ptr is not None:
+                y_share += g * y
+            if z_scale_ptr is not None:
+                z_share += g * z
 
-    share_ptr = shares_ptr + tl.program_id(0).to(tl.int64) * D + cols
-    step = tl.num_programs(0).to(tl.int64) * D
-    if x_scale_ptr is not None:
-        tl.store(share_ptr, x_share, mask=inside)
-        share_ptr += step
-    if y_scale_ptr is not None:
-        tl.store(share_ptr, y_share, mask=inside)
-        share_ptr += step
-    if z_scale_ptr is not None:
-        tl.store(share_ptr, z_share, mask=inside)
+    if shares_ptr is not None:
+        share_ptr = shares_ptr + tl.program_id(0).to(tl.int64) * D + cols
+        step = tl.num_programs(0).to(tl.int64) * D
+        if x_scale_ptr is not None:
+            tl.store(share_ptr, x_share, mask=inside)
+            share_ptr += step
+        if y_scale_ptr is not None:
+            tl.store(share_ptr, y_share, mask=inside)
+            share_ptr += step
+        if z_scale_ptr is not None:
+            tl.store(share_ptr, z_share, mask=inside)
 
 
 @triton.jit
@@ -285,11 +289,14 @@ def _backward(
     z_scale: Tensor | None,
     norm_scale: float,
     eps: float,
+    y_wanted: bool = True,
+    scales_wanted: bool = True,
 ) -> list[Tensor]:
-    """The gradients that `_written` names, and (scales, D) float32, those of the scales."""
+    """The gradients that `_written` names, and (scales, D) float32, those of the scales (of none if none is wanted)."""
     terms, scales = [x, y, z], [x_scale, y_scale, z_scale]
-    (N, D), n_scales = x.shape, sum(s is not None for s in scales)
-    grads = [torch.empty((N, D), dtype=x.dtype, device=x.device) if w else None for w in _written(ds, terms, scales)]
+    (N, D), n_scales = x.shape, sum(s is not None for s in scales) if scales_wanted else 0
+    written = _written(ds, terms, scales, y_wanted)
+    grads = [torch.empty((N, D), dtype=x.dtype, device=x.device) if w else None for w in written]
     if dn is None and dh is None:
         terms = [t if s is not None else None for t, s in zip(terms, scales, strict=True)]
     dh = None if dh is None else dh.contiguous()  # small, and so its loads are wide enough to be under way early
@@ -299,8 +306,9 @@ def _backward(
     dscales = torch.empty((n_scales, D), dtype=torch.float32, device=x.device)
     strides = [stride for t in (du, dn, ds) for stride in ((0, 0) if t is None else t.stride())]
     _residual_norm_bwd_kernel[(n_programs,)](
-        du, dn, ds, dh, *terms, addend, *scales, *grads, shares, *strides, *_row_strides(*terms, addend), N, norm_scale,
-        eps, 0 if dh is None else dh.shape[1], STAGES=LAUNCH["backward"]["num_stages"], **_blocks("backward", x),
+        du, dn, ds, dh, *terms, addend, *scales, *grads, shares if n_scales else None, *strides,
+        *_row_strides(*terms, addend), N, norm_scale, eps, 0 if dh is None else dh.shape[1],
+        STAGES=LAUNCH["backward"]["num_stages"], **_blocks("backward", x),
     )  # fmt: skip
     if n_scales:
         _sum_shares_kernel[(triton.cdiv(D, 8), n_scales)](shares, dscales, n_programs, D, 256, 8)
@@ -312,11 +320,12 @@ def _allocate(x: Tensor, return_sum: bool, head: int) -> tuple[Tensor, Tensor, T
     return tuple(x.new_empty(shape) for shape in ((N, D), (N, D), (N if return_sum else 0, D), (N, head)))
 
 
-def _written(ds: Tensor | None, terms: list[Tensor | None], scales: list[Tensor | None]) -> list[bool]:
-    """Which gradients there are: G, if a term has none of its own, and x's, y's and z's own."""
+def _written(ds: Tensor | None, terms: list[Tensor | None], scales: list[Tensor | None], y_wanted: bool) -> list[bool]:
+    """Which gradients there are: G, if a term has none of its own, and x's, y's and z's own; y's only if wanted."""
     own = [s is not None for s in scales]
     own[0] |= ds is not None
-    return [any(t is not None and not o for t, o in zip(terms, own, strict=True)), *own]
+    shared = any(t is not None and not o for t, o in zip(terms, own, strict=True))
+    return [shared, own[0], own[1] and y_wanted, own[2]]
 
 
 def _row_strides(*tensors: Tensor | None) -> list[int]:
@@ -342,6 +351,8 @@ def _backward_eager(
     z_scale: Tensor | None,
     norm_scale: float,
     eps: float,
+    y_wanted: bool = True,
+    scales_wanted: bool = True,
 ) -> list[Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     tensors = (du, dn, ds, dh, addend, x, y, z, x_scale, y_scale, z_scale)
@@ -360,8 +371,8 @@ def _backward_eager(
     own = [g if s is None else g * s for s in scales]
     if ds is not None:
         own[0] = own[0] + ds
-    grads = [t for t, want in zip((g, *own), _written(ds, terms, scales), strict=True) if want]
-    dscales = [(g * t).sum(0) for t, s in zip(terms, scales, strict=True) if s is not None]
+    grads = [t for t, want in zip((g, *own), _written(ds, terms, scales, y_wanted), strict=True) if want]
+    dscales = [(g * t).sum(0) for t, s in zip(terms, scales, strict=True) if s is not None and scales_wanted]
     fresh = [torch.empty(t.shape, dtype=x.dtype).copy_(t) for t in grads]  # contiguous, and never du itself
     return [*fresh, torch.stack(dscales) if dscales else g.new_empty(0, g.shape[1])]
 
@@ -398,10 +409,12 @@ def _forward_fake(x, y, x_scale, y_scale, z, z_scale, addend, return_sum, head, 
 
 
 @_op_backward.register_fake
-def _backward_fake(du, dn, ds, dh, x, y, z, addend, x_scale, y_scale, z_scale, norm_scale, eps):
+def _backward_fake(
+    du, dn, ds, dh, x, y, z, addend, x_scale, y_scale, z_scale, norm_scale, eps, y_wanted=True, scales_wanted=True
+):
     scales = [x_scale, y_scale, z_scale]
-    n_scales = sum(s is not None for s in scales)
-    grads = [x.new_empty(x.shape) for _ in range(sum(_written(ds, [x, y, z], scales)))]
+    n_scales = sum(s is not None for s in scales) if scales_wanted else 0
+    grads = [x.new_empty(x.shape) for _ in range(sum(_written(ds, [x, y, z], scales, y_wanted)))]
     return [*grads, x.new_empty((n_scales, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))]
 
 
@@ -416,13 +429,15 @@ def _autograd(ctx, du, dn, ds, dh):
     if du is None and dn is None and ds is None and dh is None:
         return (None,) * 11
     *terms, addend, x_scale, y_scale, z_scale = ctx.saved_tensors
-    scales = [x_scale, y_scale, z_scale]
-    *grads, dscales = _op_backward(du, dn, ds, dh, *ctx.saved_tensors, ctx.norm_scale, ctx.eps)
-    shared, *own = _written(ds, terms, scales)
+    # Frozen: the model's input as y, and the scales, where only other weights are trained.
+    scales, needs = [x_scale, y_scale, z_scale], ctx.needs_input_grad
+    y_wanted, scales_wanted = needs[1], needs[2] or needs[3] or needs[5]
+    *grads, dscales = _op_backward(du, dn, ds, dh, *ctx.saved_tensors, ctx.norm_scale, ctx.eps, y_wanted, scales_wanted)
+    shared, *own = _written(ds, terms, scales, y_wanted)
     g = grads.pop(0) if shared else None
     dx, dy, dz = (None if t is None else grads.pop(0) if o else g for t, o in zip(terms, own, strict=True))
-    rows = iter(dscales.unbind(0))
-    dx_scale, dy_scale, dz_scale = (None if s is None else next(rows).to(s.dtype) for s in scales)
+    dy, rows = dy if y_wanted else None, iter(dscales.unbind(0))
+    dx_scale, dy_scale, dz_scale = (None if s is None or not scales_wanted else next(rows).to(s.dtype) for s in scales)
     daddend = None if addend is None else dx
     return dx, dy, dx_scale, dy_scale, dz, dz_scale, daddend, None, None, None, None
 

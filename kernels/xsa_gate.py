@@ -181,7 +181,7 @@ def _xsa_gate_bwd_weight_kernel(
     x_ptr,  # (N, W)
     weight_ptr,  # (H, W), contiguous
     dx_ptr,  # (N, W), contiguous
-    dweight_ptr,  # (programs, H, W) float32: each program's share
+    dweight_ptr,  # (programs, H, W) float32: each program's share; or None
     stride_x, N, steps,
     H: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +200,9 @@ def _xsa_gate_bwd_weight_kernel(
         dx = tl.sum(dz * weight, axis=0)[None, :, :]
         tl.store(dx_ptr + token * W + col, dx.to(dx_ptr.dtype.element_ty), mask=here)
         dweight += dz * x
-    share = tl.sum(dweight, axis=1)[:, None, :].to(tl.float32)
-    tl.store(dweight_ptr + tl.program_id(0) * H * W + head * W + col, share, mask=known)
+    if dweight_ptr is not None:
+        share = tl.sum(dweight, axis=1)[:, None, :].to(tl.float32)
+        tl.store(dweight_ptr + tl.program_id(0) * H * W + head * W + col, share, mask=known)
 
 
 def _as_given(launcher: Callable) -> Callable:
@@ -233,9 +234,9 @@ def _forward(
 @_as_given
 def _backward(
     dout: Tensor, y: Tensor, v: Tensor | None, x: Tensor | None, gate_weight: Tensor | None,
-    gate_logits: Tensor | None, gate_scale: float, amplitude: float,
+    gate_logits: Tensor | None, gate_scale: float, amplitude: float, weight_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of y, v, x, gate_weight and gate_logits; without elements where there is none."""
+    """The gradients of y, v, x, gate_weight and gate_logits; without elements where there is none, or none wanted."""
     dy, dv, dx, dz = (
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, v, x, gate_logits)
     )
@@ -246,24 +247,26 @@ def _backward(
         dout, y, v, x, gate_weight, gate_logits, dy, dv, dz, *dout.stride(), *strides,
         **sizes, gate_scale=gate_scale, amplitude=amplitude,
     )  # fmt: skip
-    dweight = None if x is None else _backward_weight(dz, x, gate_weight, dx, sizes["WIDE"])
+    dweight = None if x is None else _backward_weight(dz, x, gate_weight, dx, sizes["WIDE"], weight_wanted)
     dlogits = None if gate_logits is None else dz
     return tuple(y.new_empty(0) if t is None else t for t in (dy, dv, dx, dweight, dlogits))
 
 
-def _backward_weight(dz: Tensor, x: Tensor, gate_weight: Tensor, dx: Tensor, wide: tl.dtype) -> Tensor:
-    """Fills dx and returns the gradient of gate_weight."""
+def _backward_weight(
+    dz: Tensor, x: Tensor, gate_weight: Tensor, dx: Tensor, wide: tl.dtype, wanted: bool
+) -> Tensor | None:
+    """Fills dx and returns the gradient of gate_weight, if it is wanted."""
     (H, W), launch = gate_weight.shape, LAUNCH["weight"]
     block_n = max(1, launch["elements"] // (_power_of_2(H) * _power_of_2(W)))
     steps = -(-len(x) // block_n)
     # Two programs are enough to test the loop and the sum over programs in the interpreter.
     programs = min(steps, launch["programs"] if x.is_cuda else 2)
-    shares = torch.empty((programs, H, W), dtype=torch.float32, device=x.device)
+    shares = torch.empty((programs, H, W), dtype=torch.float32, device=x.device) if wanted else None
     _xsa_gate_bwd_weight_kernel[(programs,)](
         dz, x, gate_weight, dx, shares, x.stride(0), len(x), steps, H, W, block_n, wide, launch["STAGES"],
         num_warps=launch["num_warps"],
     )  # fmt: skip
-    return shares.sum(0).to(gate_weight.dtype)
+    return shares.sum(0).to(gate_weight.dtype) if wanted else None
 
 
 def _launch(
@@ -292,8 +295,10 @@ def _forward_eager(y, v, x, gate_weight, gate_logits, gate_scale, amplitude):
 
 
 @_as_given
-def _backward_eager(dout: Tensor, *args) -> tuple[Tensor, ...]:
-    *inputs, gate_scale, amplitude = args
+def _backward_eager(
+    dout, y, v, x, gate_weight, gate_logits, gate_scale, amplitude, weight_wanted=True
+) -> tuple[Tensor, ...]:
+    inputs = (y, v, x, gate_weight, gate_logits)
     wide = torch.float64 if dout.dtype.itemsize > 2 else torch.float32
     y, v, x, weight, logits = (None if t is None else t.to(wide) for t in inputs)
     p, a, dv, dz, dx, dweight = dout.to(wide), torch.ones_like(y[..., :1]), None, None, None, None
@@ -314,8 +319,8 @@ def _backward_eager(dout: Tensor, *args) -> tuple[Tensor, ...]:
         dz = (gate_scale * a * (1 - share) * y * p).sum(-1)
     if x is not None:
         dx, dweight = dz @ weight, dz.mT @ x
-    gradients = zip(inputs, (a * p, dv, dx, dweight, dz), strict=True)
-    return tuple(dout.new_empty(0) if t is None else g.to(t.dtype).contiguous() for t, g in gradients)
+    gradients = zip(inputs, (a * p, dv, dx, dweight if weight_wanted else None, dz), strict=True)
+    return tuple(dout.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous() for t, g in gradients)
 
 
 # Under TRITON_INTERPRET=1 the decorator above gave an interpreted function, and the CPU runs the Triton code itself.
@@ -343,8 +348,9 @@ def _forward_fake(y, *_):
 
 
 @_op_backward.register_fake
-def _backward_fake(dout, *inputs):
-    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:5])
+def _backward_fake(dout, y, v, x, gate_weight, gate_logits, gate_scale, amplitude, weight_wanted=True):
+    inputs = (y, v, x, gate_weight if weight_wanted else None, gate_logits)
+    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -353,8 +359,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    inputs = ctx.saved_tensors
-    gradients = _op_backward(dout, *inputs, ctx.gate_scale, ctx.amplitude)
+    inputs, weight_wanted = ctx.saved_tensors, ctx.needs_input_grad[3]
+    dy, dv, dx, dweight, dlogits = _op_backward(dout, *inputs, ctx.gate_scale, ctx.amplitude, weight_wanted)
+    gradients = (dy, dv, dx, dweight if weight_wanted else None, dlogits)
     return *(None if t is None else g for t, g in zip(inputs, gradients, strict=True)), None, None
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Impl = Literal["kernel", "reference"]
-Method = Literal["plain", "sliding"]
+Method = Literal["plain", "sliding", "score-first", "phased"]
 Tail = Literal["keep", "drop"]
 TableDtype = Literal["float32", "bfloat16", "float16"]
 TiltVersion = Literal["A", "B"]
@@ -408,7 +408,12 @@ class ArtifactConfig:
 class EvalConfig:
     method: Method = "plain"
     """`plain`: consecutive windows. `sliding`: overlapping ones, each target with at least sequence_length - stride
-    tokens before it; the work grows by sequence_length / stride."""
+    tokens before it; the work grows by sequence_length / stride. `score-first`: sliding, and the model is trained on
+    every stretch of text that was scored. `phased`: each document adapts weights of its own."""
+    variant: str = ""
+    """Published settings of an adapting method, by name; empty: its default."""
+    set: tuple[str, ...] = ()
+    """Settings of an adapting method laid over the variant's, as learning_rate=0.002."""
     sequence_length: int = 2048
     stride: int = 64
     """New tokens a sliding window."""
@@ -416,10 +421,14 @@ class EvalConfig:
     """`drop`: leave out the last, shorter window, as the challenge does."""
     tokens_per_batch: int = 65_536
     budget_s: float = 600.0
+    illegal_train_on_validation: bool = False
+    """Train on the held-out text before it is quantised (PR #1423). AGAINST THE CHALLENGE'S RULES: for reproducing what
+    was published so. The artifact, the log and every table say it."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "evaluation")
         _require_range(self, "evaluation", 1, 1e6, "sequence_length", "tokens_per_batch")
-        if self.method == "sliding":
+        if self.method in ("sliding", "score-first"):
             _require_range(self, "evaluation", 1, self.sequence_length, "stride")
         _require_range(self, "evaluation", 1e-3, 1e7, "budget_s")
 
@@ -438,8 +447,8 @@ class RunConfig:
     cuda_graphs: bool = True
     """Replay the compiled forward and backward as one CUDA graph (on a GPU)."""
     checkpoint_every_s: float = 0.0
-    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget;
-    in the last 5 s none is written."""
+    """Seconds of the training clock between checkpoints, 0: none. Writing one counts against the budget; in the last
+    5 s none is written, but one after the end, from which `resume` packs the model again without training."""
     resume: bool = False
     """Go on from the checkpoint in `out`, on any number of ranks (with data.loader sequences: on as many)."""
     deterministic: bool = False

@@ -59,7 +59,7 @@ class GraphedMicroStep:
         self._fill(ids, targets, cu_seqlens)
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's thread may pin memory meanwhile, which is an error for every other mode.
-        with _without_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with without_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = self._forward(*self._inputs, looping)
             # Not backward(), which would put gradients that the caller owns into .grad.
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
@@ -83,7 +83,7 @@ class GraphedMicroStep:
 
 
 @contextmanager
-def _without_garbage():
+def without_garbage():
     """The collector may free another graph or stream in the middle of a capture, which breaks it."""
     gc.collect()
     gc.disable()

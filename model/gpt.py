@@ -13,7 +13,7 @@ Sizes in comments: N tokens, D width, H and G query and key/value heads, d head 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from niblick.kernels.linear_softcapped_ce import linear_softcapped_ce
 from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.attention import Attend, attend_plain
 from niblick.model.config import ConfigError, GPTConfig
-from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, rms_norm
+from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, mix_lanes, rms_norm
 from niblick.model.ngram_tables import NgramBias
 from niblick.model.ops import choose_ops
 
@@ -49,18 +49,40 @@ class Stream(NamedTuple):
         return self.x if self.addend is None else self.x + self.addend
 
 
+class Adapter(Protocol):
+    """What test-time training puts into the forward: its own version of a layer's three products. `slot` counts the
+    executed layers, so each pass of a looped layer may have its own."""
+
+    weights: dict[str, list]
+    """As `GPT.weights` gives them."""
+
+    def project(self, slot: int, n: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values of the attention's input n (N, D), and what `output` is to be given."""
+
+    def output(self, slot: int, y: Tensor, weight: Tensor, low: Tensor | None) -> Tensor:
+        """The attention's output of its heads y (N, D), in the stream's scale."""
+
+    def mlp(self, slot: int, n: Tensor, m: Tensor) -> Tensor:
+        """The MLP's output, m by the weights alone, of its input n (N, D). May write over m."""
+
+
 class Shared(NamedTuple):
-    """What every layer reads: the input x0 (N, D), rotary tables, segments, and the step's matrices by role."""
+    """What every layer reads: the input x0 (N, D), rotary tables, segments and the longest that there may be, the
+    step's matrices by role, and the adapter, if any."""
 
     x0: Tensor
     table: tuple[Tensor, Tensor]
     cu_seqlens: Tensor
+    max_segment: int
     weights: dict[str, list]
+    adapter: Adapter | None
 
 
 class Step(NamedTuple):
-    """One executed layer: which weights, which skip row it pops (or None), whether its output is pushed."""
+    """One executed layer: its place in the order, which weights, which skip row it pops (or None), whether its output
+    is pushed."""
 
+    slot: int
     layer: int
     skip_row: int | None
     push: bool
@@ -74,7 +96,7 @@ def execution_order(config: GPTConfig, looping: bool) -> list[Step]:
     for position, layer in enumerate(layers):
         encoder, row = position < n_encoder, position - n_encoder
         pops = config.skips and not encoder and depth > 0 and row < skip_rows(config)
-        steps.append(Step(layer, row if pops else None, encoder and config.skips))
+        steps.append(Step(position, layer, row if pops else None, encoder and config.skips))
         depth += 1 if encoder else -1 if pops else 0
     return steps
 
@@ -166,9 +188,12 @@ class GPT(nn.Module):
 
     # ---- use ---------------------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool, row_starts: Tensor | None = None
+    ) -> Tensor:
         """Mean cross-entropy in nats over all N positions, float32 scalar: the training loss."""
-        return self._loss(self.hidden(ids, cu_seqlens, looping), targets, "mean", ids, cu_seqlens)
+        hidden = self.hidden(ids, cu_seqlens, looping, row_starts=row_starts)
+        return self._loss(hidden, targets, "mean", ids, cu_seqlens)
 
     def token_losses(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
         """Cross-entropy of every position in nats, (N,) float32."""
@@ -199,10 +224,28 @@ class GPT(nn.Module):
             return self.softcap_positive, self.softcap_negative
         return (self.config.softcap,)
 
-    def hidden(self, ids: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
-        """The stream after the final norm, (N, D)."""
-        x0 = self._input(ids, cu_seqlens)
-        shared = Shared(x0, self.rotary(ids.shape[0], cu_seqlens, self.dtype), cu_seqlens, self._weights())
+    def hidden(
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor,
+        looping: bool = True,
+        *,
+        row_starts: Tensor | None = None,
+        max_segment: int | None = None,
+        wanted: Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> Tensor:
+        """The stream after the final norm, (N, D).
+
+        row_starts: positions (R,) int64 before which the smear gate sees nothing, as at the stream's start.
+        max_segment: the longest segment there is, where that is not the model's. wanted: (n,) int64, the only positions
+        whose result is given, (n, D).
+        """
+        c = self.config
+        x0 = self._input(ids, cu_seqlens, row_starts)
+        table = self.rotary(ids.shape[0], cu_seqlens, self.dtype, relative=row_starts is not None)
+        weights = adapter.weights if adapter else self.weights
+        shared = Shared(x0, table, cu_seqlens, max_segment or c.max_segment, weights, adapter)
         one_lane, two_lanes = self._split(self.orders[looping])
         stream, stack = Stream(x0), []
         for step in one_lane:
@@ -210,9 +253,9 @@ class GPT(nn.Module):
             if step.push:
                 stack.append(None)  # the stream itself, which the next block sums
         a = stream.sum()
-        if not two_lanes:
-            return rms_norm(a)
-        return rms_norm(self._lanes(two_lanes, a, [a if skip is None else skip for skip in stack], shared))
+        if two_lanes:
+            a = self._lanes(two_lanes, a, [a if skip is None else skip for skip in stack], shared)
+        return rms_norm(a if wanted is None else a.index_select(0, wanted))
 
     # ---- the parts ---------------------------------------------------------------------------------------------
 
@@ -224,10 +267,12 @@ class GPT(nn.Module):
         first = lanes.index(True) if True in lanes else len(order)
         return order[:first], order[first:]
 
-    def _input(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _input(self, ids: Tensor, cu_seqlens: Tensor, row_starts: Tensor | None) -> Tensor:
         c = self.config
         gate = (self.smear_weight, self.smear_scale) if c.smear == "window" else (None, None)
         x = self.ops.embed(ids, self.embedding, *gate, c.bos_id if c.smear_bos_mask else None)
+        if c.smear == "window" and row_starts is not None:
+            x = x.index_copy(0, row_starts, self.ops.embed(ids[row_starts], self.embedding, None, None, None))
         if c.smear == "channel":
             x = channel_smear(x, self.smear_channel, cu_seqlens)
         return x
@@ -250,11 +295,11 @@ class GPT(nn.Module):
         u, n = sums[:2]
         if keep:
             stack[-1] = sums[2]
-        attn = self._attention(layer, n, sums[-1] if self.gate_head else None, shared)
+        attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
         if c.parallel == "single" and layer >= c.parallel_start:
-            return Stream(u + attn, self._mlp(layer, n, shared.weights))
+            return Stream(u + attn, self._mlp(step, n, shared))
         y, n = self.ops.residual(u, attn, norm_scale=self._norm_scale(layer))
-        return Stream(y, self._mlp(layer, n, shared.weights))
+        return Stream(y, self._mlp(step, n, shared))
 
     def _norm_scale(self, layer: int) -> float:
         return (layer + 1) ** -0.5 if self.config.ln_scale else 1.0
@@ -277,40 +322,37 @@ class GPT(nn.Module):
                 a = a + popped if isinstance(kept, float) else kept.to(a.dtype) * a + popped
                 if not place and c.parallel == "two_lane":
                     b = a  # cross_lane: the skip of the first parallel layer reaches lane a alone
-            a, b = self._lane_block(step.layer, a, b, shared)
+            a, b = self._lane_block(step, a, b, shared)
             if step.push:
                 stack.append(a)
         if c.parallel == "two_lane":
             return torch.lerp(b, a, self.lane_merge.to(a.dtype))
         return {"mean": (a + b) / 2, "attn": a, "mlp": b}[c.lane_merge]
 
-    def _lane_block(self, layer: int, a: Tensor, b: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-        scale = self._norm_scale(layer)
+    def _lane_block(self, step: Step, a: Tensor, b: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        layer, scale = step.layer, self._norm_scale(step.layer)
         sums = self.ops.residual(a, shared.x0, *self.resid_mix[layer], head=self.gate_head, norm_scale=scale)
         u, n = sums[:2]
-        attn = self._attention(layer, n, sums[-1] if self.gate_head else None, shared)
-        m = self._mlp(layer, rms_norm(b) * scale, shared.weights)
+        attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
+        m = self._mlp(step, rms_norm(b) * scale, shared)
         if self.config.parallel == "two_lane":
             return u + attn, b + m
-        resid, post = self.lane_resid[layer].to(a.dtype), self.lane_post[layer].to(a.dtype)
-        return (
-            resid[0] * a + post[0, 0] * attn + post[1, 0] * m,
-            resid[1] * b + post[0, 1] * attn + post[1, 1] * m,
-        )
+        return mix_lanes(a, b, attn, m, self.lane_resid[layer], self.lane_post[layer])
 
-    def _attention(self, layer: int, n: Tensor, head: Tensor | None, shared: Shared) -> Tensor:
+    def _attention(self, step: Step, n: Tensor, head: Tensor | None, shared: Shared) -> Tensor:
         """`head`: the first channels of n, where they open the gates."""
-        c, N = self.config, n.shape[0]
-        qkv = _linear(n, shared.weights["qkv"][layer])
+        c, N, layer, adapter = self.config, n.shape[0], step.layer, shared.adapter
+        qkv, o = shared.weights["qkv"][layer], shared.weights["o"][layer]
+        qkv, low = adapter.project(step.slot, n, qkv) if adapter else (_linear(n, qkv), None)
         heads = qkv.view(N, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = self.ops.qk(heads, None, *shared.table, self.q_gain[layer], kv_heads=c.num_kv_heads)
-        y = self.attend(q, k, v, shared.cu_seqlens, c.max_segment)
+        y = self.attend(q, k, v, shared.cu_seqlens, shared.max_segment)
         opener = qkv[:, : c.model_dim] if c.gate_input == "query" else n if head is None else head
         y = self._exclude_and_gate(layer, y, v, opener).reshape(N, c.model_dim)
         if self.observe:
             self.observe("attn_in", layer, n)
             self.observe("attn_out", layer, y)
-        return _linear(y, shared.weights["o"][layer])
+        return adapter.output(step.slot, y, o, low) if adapter else _linear(y, o)
 
     @property
     def gate_head(self) -> int:
@@ -338,7 +380,11 @@ class GPT(nn.Module):
             logits = logits + self.gate_bias[layer].to(x.dtype)
         return self.ops.xsa(y, value, gate_scale=scale, gate_logits=logits, amplitude=amplitude)
 
-    def _mlp(self, layer: int, n: Tensor, weights) -> Tensor:
+    def _mlp(self, step: Step, n: Tensor, shared: Shared) -> Tensor:
+        m = self._feed_forward(step.layer, n, shared.weights)
+        return shared.adapter.mlp(step.slot, n, m) if shared.adapter else m
+
+    def _feed_forward(self, layer: int, n: Tensor, weights: dict[str, list]) -> Tensor:
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]
         dropout = self.training and c.norm_dropout_quantile
         packed = isinstance(up, PackedMatrix) or isinstance(down, PackedMatrix)
@@ -352,7 +398,8 @@ class GPT(nn.Module):
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
-    def _weights(self) -> dict[str, list]:
+    @property
+    def weights(self) -> dict[str, list]:
         """Per-role lists of L matrices, the layer scales in the rows of `o` and `down`.
 
         `unbind` makes the bank's gradient one stack instead of L sparse sums. A fused projection is one matrix, or the

@@ -1,5 +1,8 @@
 """The stateless parts of the GPT. Sizes: N tokens, D width, H and G query and key/value heads, d head width."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,11 +38,16 @@ class Rotary(nn.Module):
             frequencies = frequencies.float().bfloat16().double()
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, n_tokens: int, cu_seqlens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (N, 1, rope_dims / 2). The angle is a float32 product (float64 for float64)."""
+    def forward(
+        self, n_tokens: int, cu_seqlens: Tensor, dtype: torch.dtype, relative: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (N, 1, rope_dims / 2). The angle is a float32 product (float64 for float64).
+
+        relative: positions count from their segment's start, as they do in rows in any case.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         positions = torch.arange(n_tokens, device=self.frequencies.device)
-        if self.config.attention_span == "rows":
+        if relative or self.config.attention_span == "rows":
             positions = positions - segment_start(positions, cu_seqlens)
         positions = positions.to(wide)
         if self.config.rope_positions_bf16:
@@ -59,6 +67,28 @@ def channel_smear(x: Tensor, theta: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts = segment_start(positions, cu_seqlens) == positions
     previous = torch.where(starts[:, None], 0.0, x.roll(1, 0)).to(x.dtype)
     return torch.lerp(x, previous, torch.sigmoid(theta.to(x.dtype)))
+
+
+def mix_lanes(a: Tensor, b: Tensor, attn: Tensor, m: Tensor, resid: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """The lanes a and b (N, D) after a layer with attention's output and the MLP's: by resid (2,) of themselves, and by
+    post (2, 2), source and lane, of those. Launched one by one these are 26 passes over memory forward, so weights that
+    are frozen, with nothing around them compiled, have a compiled function of their own."""
+    eager_on_gpu = a.is_cuda and not torch.compiler.is_compiling()
+    if eager_on_gpu and a.requires_grad and not resid.requires_grad:
+        return _compiled_mix()(a, b.view_as(b), attn, m, resid, post)  # two tensors, also where the lanes begin as one
+    return _mix_lanes(a, b, attn, m, resid.to(a.dtype), post.to(a.dtype))
+
+
+def _mix_lanes(a, b, attn, m, resid, post) -> tuple[Tensor, Tensor]:
+    return (
+        resid[0] * a + post[0, 0] * attn + post[1, 0] * m,
+        resid[1] * b + post[0, 1] * attn + post[1, 1] * m,
+    )
+
+
+@cache
+def _compiled_mix() -> Callable:
+    return torch.compile(lambda a, *rest: tuple(x.to(a.dtype) for x in _mix_lanes(a, *rest)), dynamic=True)
 
 
 def leaky_relu_squared(h: Tensor, slope: float) -> Tensor:

@@ -58,6 +58,8 @@ def run_clock(
             raise TrainingStopped(f"{_who(trainer)}{stopped}; {_what_is_left(checkpoint)}") from stopped
     if log:
         log.write("end of training", **position_fields(position))
+    if run.checkpoint_every_s:  # off the clock: --resume then goes straight on to what follows training
+        save_checkpoint(checkpoint, trainer, position)
     return position
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 MODEL_F64 = 1e-9  # of the row's largest magnitude, float64 code against a float64 reference: real faults are far above
 SCORE_NATS = 1e-5  # a scorer's negative log-likelihood against brute force over the vocabulary, float32, per token
+RANK_NATS = 1e-4  # a stream's summed loss on several ranks against one, where each rounds other sums, float32
 IDENTITY_F64 = 1e-9  # relative, of a sum of float64 products that equals another by algebra; H's condition is below 1e5
 EQUAL_ERROR_DB = 0.1  # of two quantisers brought to one error in two corrections; a sixteenth of an octave is 0.4 dB
 CONFIDENT_ROW = 1e-2  # relative error of p - 1 at p = 0.999: storing it in bfloat16 alone may cost 2^-7

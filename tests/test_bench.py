@@ -204,7 +204,7 @@ def test_red_kernel_is_not_timed(stub: str, monkeypatch) -> None:
     status = "red: 1 of 9 tests fail"
     assert session.outcome(stub, "tile") == {"niblick": Outcome(status)}
     assert said[0] == f"{stub}: RED, not timed, 1 of 9 tests fail"
-    assert run.records(session) == [
+    assert run.records(stub, "tile", session.outcomes[stub, "tile"]) == [
         {
             "event": "not timed",
             "kernel": stub,
@@ -397,14 +397,14 @@ def test_readme_table_stands_between_its_markers_and_nothing_else_changes(tmp_pa
 
 def test_the_table_can_be_written_again_from_the_results(tmp_path: Path) -> None:
     outcomes, file = outcomes_for_readme(), tmp_path / "results.jsonl"
-    session = SimpleNamespace(outcomes=outcomes)
     for (kernel, size), by_who in outcomes.items():
         for who, outcome in by_who.items():
             for direction, record in outcome.records.items():
                 record |= {"kernel": kernel, "size_name": size, "who": who, "direction": direction}
     products = [{"dtype": "bfloat16", "mkn": [1, 2, 3], "ms": 1.0, "tflops": CEILINGS.flops_per_s["bfloat16"] / 1e12}]
     start = START | {"event": "start", "copy_tb_per_s": CEILINGS.bytes_per_s / 1e12, "products": products}
-    results_file.append(file, [start | {"card": "an older run"}, {"event": "kernel"}, start, *run.records(session)])
+    found = [record for (kernel, size), by_who in outcomes.items() for record in run.records(kernel, size, by_who)]
+    results_file.append(file, [start | {"card": "an older run"}, {"event": "kernel"}, start, *found])
     again, found, ceilings = report.read_run(file)
     assert found["card"] == START["card"] and ceilings.bytes_per_s == CEILINGS.bytes_per_s
     assert report.readme_lines(again, found, ceilings)[1:] == report.readme_lines(outcomes, START, CEILINGS)[1:]
@@ -465,14 +465,16 @@ def test_an_interrupted_run_keeps_what_it_has(stub: str, tmp_path: Path, monkeyp
 
     def interrupted(kernel: str, *rest) -> dict[str, Outcome]:
         if kernel == "tripled":
+            kept.append(out.read_text())  # what a kill that cannot be caught would leave
             raise KeyboardInterrupt
         return measures(kernel, *rest)
 
     monkeypatch.setattr(measure, "measure", interrupted)
-    out = tmp_path / "out.jsonl"
+    out, kept = tmp_path / "out.jsonl", []
     words = ["--device", "cpu", "--no-contract", "--rounds", "2", "--out", str(out)]
     assert run.command([*words, f"--benchmark-storage=file://{tmp_path / 'storage'}"]) == 130
-    start, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert kept == [out.read_text()]
+    start, *records = [json.loads(line) for line in kept[0].splitlines()]
     assert start["event"] == "start" and {record["kernel"] for record in records} == {stub}
     assert capsys.readouterr().err.endswith("niblick.bench.run: interrupted\n")
 
@@ -510,7 +512,10 @@ def test_only_a_whole_run_writes_the_readme(stub: str, tmp_path: Path, monkeypat
         session = Session(Options(**options))
         session.__dict__["ceilings"] = CEILINGS
         session.outcomes = {(stub, size): by_who for size in measured}
-        run.finish(session, dict(START))
+        results = run.Results(session, dict(START))
+        for size in measured:
+            results(stub, size)
+        run.finish(session, results)
         return readme.read_text()
 
     every = ["record/16", "record/4", "record"]

@@ -255,6 +255,8 @@ def test_check(name: str, size: str, dtype: torch.dtype, check: Callable) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available() and TRITON_RUNS != (dtype == torch.float32):
+        pytest.skip("what is registered is the same in both halves of make test: one dtype in each")
     module = kernel_module(name)
     check_ops(module, name, admissible(module, name, dtype)[0], dtype)
 
@@ -388,6 +390,7 @@ def load_copy(name: str, folder: Path, namespace: str, old: str = "", new: str =
     return module
 
 
+@ONCE
 @pytest.mark.parametrize("name", KERNELS)
 def test_lifts(name: str, tmp_path: Path) -> None:
     """The file alone, niblick out of reach, gives the same bits."""
@@ -440,7 +443,10 @@ def rejected(module: ModuleType, name: str) -> bool:
 
     The trials are among those of the tests above, the likeliest and cheapest first.
     """
-    trials = [(check_numerics, dtype, size) for dtype in DTYPES for size in admissible(module, name, dtype)]
+    sizes = {size: None for dtype in DTYPES for size in admissible(module, name, dtype)}
+    trials = [
+        (check_numerics, dtype, size) for size in sizes for dtype in DTYPES if size in admissible(module, name, dtype)
+    ]
     small = [(dtype, admissible(module, name, dtype)[0]) for dtype in DTYPES]
     trials += [(check, *case) for check in (check_ops, check_cotangents, check_inputs) for case in small]
     for check, dtype, size in trials:

@@ -1,13 +1,16 @@
 """The audit on this package's own methods: silent as they are, and not where one of them is broken."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 from niblick.data import shards, tokenizer
 from niblick.data.tokenizer import ByteTable
-from niblick.evaluation import audit, hints
+from niblick.evaluation import adaptation, audit, hints
 from niblick.evaluation import run as run_module
 from niblick.evaluation import score as score_module
+from niblick.evaluation import score_first as score_first_module
 from niblick.evaluation.audit_case import make_stream
 from niblick.evaluation.audit_own import ModelScorer, tiny_model
 from niblick.kernels.ngram_tilt import ngram_tilt_ref
@@ -18,6 +21,11 @@ V = 12
 STREAM = make_stream(V, n=82, seed=1)
 SLIDING = EvalConfig(method="sliding", sequence_length=16, stride=8, tokens_per_batch=40)
 PLAIN = EvalConfig(sequence_length=16, tokens_per_batch=40)
+SCORE_FIRST = EvalConfig(
+    method="score-first", sequence_length=8, stride=4, tokens_per_batch=200,
+    set=("chunk_rows=16", "learning_rate=0.3", "epochs=1", "stop_above=1e9"),
+)  # fmt: skip
+SHORT_STREAM = make_stream(V, n=46, seed=1)
 ROWS = {"attention_span": "rows", "smear": "window"}
 
 
@@ -28,13 +36,27 @@ def _references(monkeypatch):
     monkeypatch.setattr(score_module, "ngram_tilt", ngram_tilt_ref)
 
 
-def scorer(config=PLAIN, *, tilt=None, table=None, **options) -> ModelScorer:
+def scorer(config=PLAIN, *, tilt=None, table=None, ranked=False, **options) -> ModelScorer:
+    """ranked: also on several ranks, which takes a second."""
     model = tiny_model(V, num_layers=3, loop_end=1, parallel_start=2, xsa_last_layers=3, mlp_hidden=64, **options)
-    return ModelScorer(model, config, tilt=tilt, table=table)
+    made = ModelScorer(model, config, tilt=tilt, table=table)
+    if not ranked:
+        made.ranked = None
+    return made
 
 
 def check(scorer, **options) -> audit.Report:
     return audit.check(scorer, STREAM, vocab_size=V, cuts=5, swaps=3, **options)
+
+
+def found_by(test: str, scorer) -> list:
+    """What one test of the audit finds on the short stream."""
+    losses = scorer(SHORT_STREAM)
+    case = audit.Case(scorer, SHORT_STREAM, V, 1, losses, scorer.log, cuts=5)
+    return next(function for name, _, function in audit.TESTS if name == test)(case)
+
+
+CHECKED = {"T0", "T1", "T2", "T3", "T4", "T5", "T7", "T10", "T11", "T12", "T14"}
 
 
 @pytest.mark.parametrize("tilt", [None, "B"], ids=["", "tilt"])
@@ -47,8 +69,51 @@ def test_silent_on_our_methods(config, options, tilt):
     report = check(scorer(config, tilt=tilt, **options))
     assert report.refuted == [], report.text()
     isolated = not options and not tilt
-    checked = {"T0", "T1", "T2", "T3", "T4", "T5", "T7", "T11", "T14"} | ({"T13"} if isolated else set())
+    checked = CHECKED | ({"T13"} if isolated else set())
     assert {result.test for result in report.results if result.status == "nothing found"} == checked
+
+
+@pytest.mark.parametrize(("tilt", "options"), [(None, {}), ("B", ROWS)], ids=["documents", "rows, tilt"])
+def test_silent_on_score_first(tilt, options):
+    mine = scorer(SCORE_FIRST, tilt=tilt, ranked=bool(tilt), **options)
+    report = audit.check(mine, SHORT_STREAM, vocab_size=V, cuts=2, swaps=1)
+    assert report.refuted == [], report.text()
+    assert {r.test for r in report.results if r.status == "nothing found"} == CHECKED | ({"T15"} if tilt else set())
+
+
+def test_training_on_a_chunk_before_it_is_scored_is_seen(monkeypatch):
+    """The log tells of it, and the scores do without it."""
+    windows = score_first_module.training_windows
+    monkeypatch.setattr(score_first_module, "training_windows", lambda chunk, *a: windows(min(chunk + 1, 1), *a))
+    assert "uses it before its score" in found_by("T4", scorer(SCORE_FIRST))[0].evidence
+    assert [finding.condition for finding in found_by("T1", scorer(SCORE_FIRST))] == ["C1"]
+
+
+def test_an_adaptation_that_outlives_its_evaluation_is_seen(monkeypatch):
+    """The second call is scored by parameters that have seen all but the last chunk."""
+    monkeypatch.setattr(score_first_module, "parameters_kept", lambda model: nullcontext([*model.parameters()]))
+    assert found_by("T0", scorer(SCORE_FIRST))
+
+
+def test_a_lever_that_does_not_act_is_seen(monkeypatch):
+    """The published fault: learned softcaps that the training forward never used."""
+
+    def constant(model, *arguments):
+        loss = mean_gradients(model, *arguments)
+        model.softcap_positive.grad.zero_()
+        return loss
+
+    assert not found_by("T14", scorer(SCORE_FIRST, asymmetric_softcap=True))
+    mean_gradients = score_first_module.mean_gradients
+    monkeypatch.setattr(score_first_module, "mean_gradients", constant)
+    (finding,) = found_by("T14", scorer(SCORE_FIRST, asymmetric_softcap=True))
+    assert finding.evidence == "softcap_positive is said to be trained and does not change"
+
+
+def test_ranks_that_disagree_are_seen(monkeypatch):
+    """Each steps by the gradient of its own share."""
+    monkeypatch.setattr(adaptation, "sum_over_ranks", lambda tensors: None)
+    assert found_by("T15", scorer(SCORE_FIRST, ranked=True))
 
 
 def test_a_smear_gate_that_reads_across_documents_is_seen_where_isolation_is_claimed():

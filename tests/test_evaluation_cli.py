@@ -1,8 +1,12 @@
 """evaluate.py as its user meets it: a number from an artifact and a folder, or one line that says what is wrong."""
 
+import contextlib
+import io
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 from configs import REFERENCE
-from numerics import SCORE_NATS
+from numerics import RANK_NATS, SCORE_NATS
+from ranks import one_thread, run_ranks  # noqa: F401
 
-from niblick.artifact.container import write_artifact
+from niblick.artifact.container import ILLEGAL, read_artifact, write_artifact
+from niblick.artifact.errors import ArtifactError
 from niblick.artifact.quantize import quantize
 from niblick.data import shards, sidecar, tokenizer
 from niblick.data.errors import DataError
-from niblick.evaluation.run import ValidationSet, evaluate_model
+from niblick.evaluation import clock as clock_module
+from niblick.evaluation import score as score_module
+from niblick.evaluation.clock import Clock
+from niblick.evaluation.run import evaluate_model
+from niblick.evaluation.validation import ValidationSet, require_own_tokens
 from niblick.evaluation.windows import plain_windows
 from niblick.kernels.int6_linear import int6_linear_ref
 from niblick.model import gpt
@@ -113,7 +123,7 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
     assert (seen["hints"].tokens[:16] == -1).all() and seen["hints"].betas[20] == 2.625
     evaluate_model(model, data, EvalConfig(sequence_length=32), tilt="A")
     assert (seen["hints"].tokens[12:] == 1).all() and seen["hints"].betas[20] == 2.0
-    evaluate_model(None, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
+    evaluate_model(model, data, EvalConfig(method="sliding", sequence_length=32, stride=8))
     assert len(seen["windows"]) == 10 and seen["hints"] is None
 
 
@@ -131,6 +141,24 @@ def test_methods_give_windows_and_hints_to_the_scorer(monkeypatch):
         (["--tokenizer", "nowhere.model"], "nowhere.model: cannot read the tokenizer"),
         (["--data", "nowhere"], "nowhere: no val shards: expected"),
         (["--sequence-length", "-3"], "sequence_length must be in 1..1e+06: got -3"),
+        (["--method", "score-fast"], "score-first"),
+        (
+            ["--method", "score-first", "--stride", "4", "--variant", "pr594"],
+            "expected one of pr1413, pr1477, pr1514, pr549, pr461",
+        ),
+        (["--method", "score-first", "--stride", "4", "--variant", "pr594"], "found pr594 (nearest: pr549)"),
+        (
+            ["--method", "score-first", "--stride", "4", "--set", "epoch=2"],
+            "unknown option '--epoch=2' (nearest: --epochs)",
+        ),
+        (["--method", "score-first", "--stride", "4", "--set", "momentum=1"], "momentum must be in 0..1: got 1.0"),
+        (
+            ["--method", "score-first", "--stride", "4", "--weights", "packed"],
+            "expected dense weights, which it trains: got packed",
+        ),
+        (["--variant", "pr549"], "method plain: expected no variant or settings, found pr549"),
+        (["--plot", "clock.doc"], "--plot: expected a file of"),
+        (["--over-budget", "maybe"], "over-budget"),
     ],
 )
 def test_bad_options_give_one_line_and_status_2(evaluate, folder, capsys, more, message):
@@ -194,6 +222,141 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
     tokenizer.train(["bogey par eagle " * 30], 290, tmp_path / "other.model")
     with pytest.raises(DataError, match="expected a tokenizer of 300 pieces, found 290"):
         ValidationSet.load(shards.find_shards(folder, "val"), tmp_path / "other.model", vocab_size=V)
+
+
+SCORE_FIRST = ["--method", "score-first", "--stride", "4", "--set", "chunk_rows=16", "learning_rate=0.1"]
+
+
+def test_score_first_by_name(evaluate, folder, tmp_path, capsys):
+    out, plot = tmp_path / "score.json", tmp_path / "clock.svg"
+    assert evaluate.command(options(folder, *SCORE_FIRST, "--out", str(out), "--plot", str(plot))) == 0
+    result = json.loads(out.read_text())
+    assert result["targets"] == 44 and result["partial"] == result["illegal"] == ""
+    assert result["method"] == "score-first, chunk_rows=16, learning_rate=0.1, stride 4"
+    assert result["notes"] == ["adaptation: 2 of 3 chunks trained on, the last one never is"]
+    assert result["clock"]["adapt"] > 0 and abs(sum(result["clock"].values()) - result["seconds"]) < 0.01
+    shown = capsys.readouterr().out
+    assert "2 of 3 chunks" in shown and "adapt " in shown and "s of 600 s" in shown and plot.exists()
+
+
+def test_what_will_not_fit_is_refused_before_its_long_part(evaluate, folder, tmp_path, monkeypatch, capsys):
+    token_nll, calls = score_module.token_nll, []
+
+    def slow(*arguments):
+        calls.append(time.sleep(0.05))
+        return token_nll(*arguments)
+
+    monkeypatch.setattr(score_module, "token_nll", slow)
+    monkeypatch.setattr(clock_module, "process_age_s", lambda: None)
+    out = tmp_path / "score.json"
+    words = ["--method", "sliding", "--stride", "1", "--tokens-per-batch", "16", "--out", str(out)]
+    assert evaluate.command(options(folder, *words, "--budget-s", "1")) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("evaluate.py: expected an evaluation within 1 s: ") and shown.err.count("\n") == 1
+    assert shown.out == "" and not out.exists() and len(calls) < 10
+    monkeypatch.undo()
+    assert evaluate.command(options(folder, *words, "--budget-s", "1", "--over-budget", "run")) == 0
+    assert "OVER THE BUDGET" in capsys.readouterr().out and json.loads(out.read_text())["targets"] == 44
+
+
+@pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "the budget ends"])
+def test_what_is_scored_is_kept_and_marked(evaluate, folder, tmp_path, monkeypatch, capsys, interrupted):
+    """Ctrl-C, or a budget that ends though it was foreseen to suffice."""
+    token_nll, calls = score_module.token_nll, []
+
+    def later(*arguments):
+        calls.append(1)
+        if len(calls) == 3 and interrupted:
+            signal.raise_signal(signal.SIGINT)
+        elif len(calls) == 3:
+            monkeypatch.setattr(Clock, "elapsed_s", 1e6)
+        return token_nll(*arguments)
+
+    monkeypatch.setattr(score_module, "token_nll", later)
+    monkeypatch.setattr(Clock, "foresee", lambda *_: None)
+    out = tmp_path / "score.json"
+    status = evaluate.command(options(folder, "--tokens-per-batch", "8", "--sequence-length", "8", "--out", str(out)))
+    result, shown = json.loads(out.read_text()), capsys.readouterr()
+    assert status == (130 if interrupted else 2) and result["targets"] == 24
+    assert result["partial"] == ("interrupted" if interrupted else "the budget of 600 s ended")
+    assert shown.err == f"evaluate.py: {result['partial']} after 24 targets: no score\n" and "PARTIAL" in shown.out
+
+
+def in_a_rank(rank: int, folder: Path, out: Path) -> tuple[int, str]:
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        status = evaluate.command(options(folder, *SCORE_FIRST, "--out", str(out / f"{rank}.json")))
+    with contextlib.redirect_stderr(shown):
+        return status + evaluate.command(options(folder, "--stride", "-1", "--method", "sliding")), shown.getvalue()
+
+
+def test_ranks_share_the_work_and_one_of_them_speaks(evaluate, folder, tmp_path):
+    first, second = run_ranks(in_a_rank, 2, folder, tmp_path)
+    assert first[0] == second[0] == 2 and "bits per byte" in first[1] and "stride must be in" in first[1]
+    assert second[1] == "" and [path.name for path in tmp_path.iterdir()] == ["0.json"]
+    evaluate.command(options(folder, *SCORE_FIRST, "--out", str(tmp_path / "alone.json")))
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0", "alone"))
+    assert two["ranks"] == 2 and abs(two["nats_per_token"] - one["nats_per_token"]) < RANK_NATS / 44
+    assert [two[name] for name in ("targets", "bytes")] == [one[name] for name in ("targets", "bytes")]
+
+
+@pytest.mark.parametrize("container", ["niblick", "brotli", "groups_brotli"])
+def test_an_artifact_that_was_trained_on_validation_says_so(evaluate, folder, tmp_path, capsys, container):
+    settings = ArtifactConfig(rounding="nearest", container=container)
+    path, out = tmp_path / "illegal.nbk", tmp_path / "score.json"
+    quantized = quantize(GPT(CONFIG, seed=1).state_dict(), settings).tensors
+    write_artifact(path, quantized, CONFIG, None, settings, trained_on_validation=True)
+    assert read_artifact(path).trained_on_validation and not read_artifact(folder / "model.nbk").trained_on_validation
+    if container == "niblick":
+        words = [str(path), *options(folder)[1:], "--out", str(out)]
+        assert evaluate.command(words) == 0 and json.loads(out.read_text())["illegal"] == ILLEGAL
+        assert "ILLEGAL: trained on the validation stream" in " ".join(capsys.readouterr().out.split())
+    unmarked = bytearray(path.read_bytes())
+    unmarked[11] &= 0x7F
+    path.write_bytes(unmarked)
+    with pytest.raises(ArtifactError, match="damaged: expected a body with SHA-256"):
+        read_artifact(path)
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path):
+    """Of the same size, so that every id is one of its own."""
+    lists = ["fairway bunker links putter green caddie driver", "the quick brown fox jumps over a lazy dog again"]
+    texts = [[" ".join(row) for row in np.random.default_rng(1).choice(words.split(), (40, 9))] for words in lists]
+    mine, other = tmp_path / "mine.model", tmp_path / "other.model"
+    for part, path in zip(texts, (mine, other), strict=True):
+        tokenizer.train(part, 310, path)
+    stream = np.concatenate([tokenizer.encode_document(tokenizer.load(mine), text) for text in texts[0]])
+    require_own_tokens(stream, mine, 1, "toy.bin")
+    require_own_tokens(stream[:30], other, 1, "toy.bin")  # too short to tell
+    with pytest.raises(DataError, match=r"toy\.bin: expected shards of the tokenizer .*other\.model: of their first"):
+        require_own_tokens(stream, other, 1, "toy.bin")
+
+
+def test_streams_of_odd_shapes(evaluate, folder, tmp_path, capsys):
+    """Documents of one token, one longer than its shard, and nothing at all."""
+    shard, model = tmp_path / "odd_val_000000.bin", str(folder / "tokenizer.model")
+    data = [str(folder / "model.nbk"), "--data", str(tmp_path), "--device", "cpu", "--tokenizer", model]
+    letters = tokenizer.encode_document(tokenizer.load(model), "bogey par eagle")[1:]
+    shards.write_shard(shard, np.concatenate([[1, 1, 1], letters, [1, 1]]).astype(np.uint16))
+    shards.write_shard(tmp_path / "odd_val_000001.bin", np.concatenate([letters, letters]).astype(np.uint16))
+    out = tmp_path / "score.json"
+    for method in (["--method", "plain"], SCORE_FIRST):
+        assert evaluate.command([*data, *method, "--out", str(out)]) == 0
+        assert json.loads(out.read_text())["targets"] == 4 + 3 * len(letters)
+    (tmp_path / "odd_val_000001.bin").unlink()
+    for tokens, message in (
+        ([], "expected a document start (BOS, id 1), found none in 0 tokens"),
+        ([1], "expected at least 2 held-out tokens, found 1"),
+        ([1, 1, 1], "bits per byte: expected at least one byte of scored text, found 0"),
+    ):
+        shards.write_shard(shard, np.array(tokens, np.uint16))
+        capsys.readouterr()
+        assert evaluate.command(data) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and message in error
 
 
 def test_as_a_command(folder):

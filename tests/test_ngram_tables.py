@@ -297,14 +297,16 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     for cap, code_bytes in ((size - 1, 0), (size + 99, 100)):
         with pytest.raises(ArtifactError, match=f"at most {size - 1:,} bytes, found {size:,}: fewer ngram_bias.rows"):
             tight = replace(settings, cap_bytes=cap)
-            write_artifact(tmp_path / "b.nbk", weights, MODEL, None, tight, tables, code_bytes)
+            write_artifact(tmp_path / "b.nbk", weights, MODEL, settings=tight, ngram_bias=tables, code_bytes=code_bytes)
     assert not (tmp_path / "b.nbk").exists()
     alone = len(encode_tables(tables, MODEL))
     require_room(tables, MODEL, replace(settings, cap_bytes=alone + 101), 100)
     with pytest.raises(ArtifactError, match=f"less than the {alone:,} bytes that .* may take, found {alone:,}: fewer"):
         require_room(tables, MODEL, replace(settings, cap_bytes=alone + 100), 100)
     with pytest.raises(ArtifactError, match=r"expected artifact\.container niblick, found brotli"):
-        write_artifact(tmp_path / "b.nbk", weights, MODEL, None, replace(settings, container="brotli"), tables)
+        write_artifact(
+            tmp_path / "b.nbk", weights, MODEL, settings=replace(settings, container="brotli"), ngram_bias=tables
+        )
     with pytest.raises(ArtifactError, match="expected at most 67,108,864 entries in all, found 402,653,184"):
         require_storable(replace(STORED, rows=16_384), replace(MODEL, vocab_size=8192), settings)
     with pytest.raises(ConfigError, match=r"ngram_bias\.step 0\.001 makes integers up to"):

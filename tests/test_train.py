@@ -128,6 +128,7 @@ def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> Non
         ("--artifact.container brotli", "expected artifact.container niblick, found brotli"),
         ("--artifact.cap-bytes 300000", "that model and tables may take, found"),
         ("--model.asymmetric-softcap", "expected one softcap, found model.asymmetric_softcap"),
+        ("--evaluation.method phased", "evaluation.method phased expected ngram_bias.at_evaluation drop: got artifact"),
     ):
         status, _, err = train(*words.split(), *more.split())
         assert status == 2 and err.count("\n") == 1 and reason in err, err

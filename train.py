@@ -19,12 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from niblick.artifact.container import ILLEGAL, pack, read_artifact, write_artifact
+from niblick.artifact.container import ILLEGAL, pack, read_artifact, require_room, require_storable, write_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
@@ -39,7 +40,7 @@ from niblick.data.bits_per_byte import compressor_bits_per_byte, token_unigram_b
 from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare_cached
-from niblick.data.shards import count_tokens
+from niblick.data.shards import count_tokens, first_tokens
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.prequantization import train_on_validation
 from niblick.evaluation.run import METHODS, evaluate_model, settings_of
@@ -51,6 +52,7 @@ from niblick.model.distributed import contact, require_agreement
 from niblick.model.errors import TrainingStopped
 from niblick.model.gpt import GPT
 from niblick.model.launch import Launch, launch, said_once
+from niblick.model.ngram_tables import NgramBias, build
 from niblick.model.presets import PRESETS
 from niblick.model.run import position_fields, run_clock
 from niblick.model.runlog import RunLog, environment
@@ -178,6 +180,9 @@ def main(words: list[str]) -> None:
         model, rung = build_model(preset, here)
         trainer = Trainer(model, preset, here.device, here.world_size, here.compile)
         position = resume(out / CHECKPOINT, trainer) if preset.run.resume else Position()
+    if preset.ngram_bias.mode != "none":
+        with stages.stage("n-gram tables"):
+            model.ngram_bias = ngram_tables(preset, prepared, here)
     log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
         remove_half_written(out / CHECKPOINT)
@@ -247,6 +252,29 @@ def build_model(preset: Preset, here: Launch) -> tuple[GPT, str]:
     return model, rung
 
 
+def ngram_tables(preset: Preset, prepared: Prepared, here: Launch) -> NgramBias:
+    """Every rank counts the same tokens by itself. ConfigError, or ArtifactError where tables will not fit."""
+    settings, model = preset.ngram_bias, preset.model
+    with said_once(here.rank):
+        if model.asymmetric_softcap:
+            raise ConfigError(f"ngram_bias.mode {settings.mode} expected one softcap, found model.asymmetric_softcap")
+        if settings.at_evaluation == "artifact" and preset.evaluation.method == "phased":
+            raise ConfigError("evaluation.method phased expected ngram_bias.at_evaluation drop: got artifact")
+        if settings.at_evaluation == "artifact":
+            require_storable(settings, model, preset.artifact)
+        tokens = first_tokens(prepared.train, model.vocab_size, settings.tokens)
+        pieces = (torch.from_numpy(piece.astype(np.int32)) for piece in tokens)
+        bias = build(pieces, settings, model.vocab_size, model.bos_id, here.device)
+        if settings.at_evaluation == "artifact":
+            code_bytes = sum(path.stat().st_size for path in evaluation_code())
+            require_room(bias, model, preset.artifact, code_bytes)
+    return bias
+
+
+def evaluation_code() -> list[Path]:
+    return source_files(Path(__file__).with_name("evaluate.py"))
+
+
 # ---- after the clock -----------------------------------------------------------------------------------------------
 
 
@@ -301,7 +329,10 @@ def finish(
     """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
     path, illegal = Path(preset.run.out) / ARTIFACT, preset.evaluation.illegal_train_on_validation
-    code = source_files(Path(__file__).with_name("evaluate.py"))
+    code = evaluation_code()
+    code_bytes = sum(file.stat().st_size for file in code)
+    if preset.ngram_bias.at_evaluation == "drop":
+        model.ngram_bias = None
     with stages.stage("quantise"):
         as_given, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
     for note in notes:
@@ -309,9 +340,10 @@ def finish(
     quantized, settings = as_given, preset.artifact
     if settings.target_bytes:
         with stages.stage("fill"):
-            quantized, settings = fill_up(trainer, prepared, hessians, sum(file.stat().st_size for file in code))
+            quantized, settings = fill_up(trainer, prepared, hessians, code_bytes)
     with stages.stage("write"):
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal)
+        tables = model.ngram_bias
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, code_bytes)
     held_out = load_held_out(preset, prepared)
     config = preset.evaluation
     adapts = METHODS[config.method].adapts
@@ -354,8 +386,10 @@ def finish(
     report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent, ILLEGAL if illegal else "")
     for note in final.notes:
         print(note)
-    after = sum(stages.seconds.get(stage, 0.0) for stage in ("training on validation (ILLEGAL)", "calibration"))
-    print_share("training and calibration", position.elapsed_s + after, preset.schedule.budget_s)
+    beside = ("n-gram tables", "training on validation (ILLEGAL)", "calibration")
+    outside = sum(stages.seconds.get(stage, 0.0) for stage in beside)
+    tables = "n-gram tables, " if "n-gram tables" in stages.seconds else ""
+    print_share(f"{tables}training and calibration", position.elapsed_s + outside, preset.schedule.budget_s)
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation_s.items() if seconds >= 0.05)
     print_share(f"evaluation ({parts})", sum(evaluation_s.values()), config.budget_s)
 
@@ -372,8 +406,8 @@ def fill_up(
     target = preset.artifact.target_bytes
 
     def size_of(quantization: Quantization, settings: ArtifactConfig) -> int:
-        illegal = preset.evaluation.illegal_train_on_validation
-        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, illegal))
+        illegal, tables = preset.evaluation.illegal_train_on_validation, trainer.model.ngram_bias
+        return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, illegal, tables))
 
     found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - code_bytes)
     factor = found.config.mlp_clip / preset.artifact.mlp_clip

@@ -14,7 +14,8 @@
       8 + h         the streams, end to end, in the order of the header's list
 
 The header is JSON in UTF-8, {"config": the fields of GPTConfig, "tensors": [the fields of `streams.Entry`, ...],
-"streams": [[name, bytes], ...], "tokenizer_sha256": in hexadecimal, or empty}. The shapes are those of the model that
+"streams": [[name, bytes], ...], "tokenizer_sha256": in hexadecimal, or empty}; and "ngram_bias": the fields of
+NgramBiasConfig, where there are n-gram tables: the last stream is theirs. The shapes are those of the model that
 the settings describe. What the streams hold is in `streams`, how integers are coded in `coder`; the size of everything
 decoded follows from the shapes. Version 1 (brotli throughout) is no longer read.
 """
@@ -23,15 +24,20 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import brotli
+import torch
+from torch import Tensor
 
 from niblick.artifact import published, streams
+from niblick.artifact.coder import decode_integers, encode_integers
 from niblick.artifact.errors import ArtifactError, require
-from niblick.artifact.header import MAX_BYTES, Header
+from niblick.artifact.header import MAX_BYTES, TABLES, Header, table_shape
 from niblick.artifact.records import Quantized
-from niblick.model.config import ArtifactConfig, GPTConfig
+from niblick.model.config import ArtifactConfig, GPTConfig, NgramBiasConfig
 from niblick.model.files import write_atomically
+from niblick.model.ngram_tables import NgramBias
 
 MAGIC, VERSION = b"NIBLICK\0", 2
 OWN, WHOLE, GROUPS = 1, 2, 3
@@ -40,6 +46,17 @@ ILLEGAL = "ILLEGAL: trained on the validation stream before it was quantised"
 """What every reader shows of an artifact with that mark."""
 PROLOGUE = struct.Struct("<8sHHQ32s")
 HEADER_SIZES = struct.Struct("<II")
+
+
+class Tables(NamedTuple):
+    """N-gram tables: settings, and the integers (R, V) of `ngram_tables.to_integers`."""
+
+    config: NgramBiasConfig
+    integers: Tensor
+
+
+Contents = tuple[GPTConfig, Quantized, dict[str, int], str, int, Tables | None]
+"""Of a body: settings, weights, bytes of every stream, the tokenizer's digest, steps an octave, n-gram tables."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class Container:
     steps_per_octave: int = 0
     trained_on_validation: bool = False
     """Such an artifact's score is no score: show ILLEGAL beside it."""
+    ngram_bias: Tables | None = None
 
 
 def write_artifact(
@@ -64,12 +82,21 @@ def write_artifact(
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
     trained_on_validation: bool = False,
+    ngram_bias: NgramBias | None = None,
+    code_bytes: int = 0,
 ) -> int:
     """Write the file beside `path` and rename it; returns its bytes. The same weights give the same file.
 
-    OSError; ArtifactError if lrzip is asked for and missing or failing. Nothing is left half-written.
+    OSError; ArtifactError if lrzip is asked for and missing or failing, or if there are n-gram tables and the file and
+    its code are beyond the cap: without them it might be sound. Nothing is left half-written.
     """
-    data = pack(quantized, config, tokenizer, settings, trained_on_validation)
+    data = pack(quantized, config, tokenizer, settings, trained_on_validation, ngram_bias)
+    cap = (settings or ArtifactConfig()).cap_bytes - code_bytes
+    advice = "fewer ngram_bias.rows, a coarser ngram_bias.step, or artifact.target_bytes for a smaller model"
+    require(
+        ngram_bias is None or len(data) <= cap,
+        f"n-gram tables: expected an artifact of at most {cap:,} bytes, found {len(data):,}: {advice}",
+    )
     write_atomically(path, lambda file: file.write(data))
     return len(data)
 
@@ -80,14 +107,17 @@ def pack(
     tokenizer: str | Path | None = None,
     settings: ArtifactConfig | None = None,
     trained_on_validation: bool = False,
+    ngram_bias: NgramBias | None = None,
 ) -> bytes:
-    """The file, in the container that `settings` name (default: niblick's own)."""
+    """The file, in the container that `settings` name (default: niblick's own, the only one for n-gram tables)."""
     settings = settings or ArtifactConfig()
+    if ngram_bias is not None:
+        require_storable(ngram_bias.config, config, settings)
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizer else ""
     if settings.container == "brotli":
         kind, body = WHOLE, published.encode_whole(quantized, config, digest)
     elif settings.container == "niblick":
-        kind, body = OWN, _own_body(quantized, config, digest, settings.steps_per_octave)
+        kind, body = OWN, _own_body(quantized, config, digest, settings.steps_per_octave, ngram_bias)
     else:
         lrzip = settings.container == "lrzip"
         body, _ = published.encode_groups(quantized, config, digest, sort_rows=settings.sort_rows, lrzip=lrzip)
@@ -95,12 +125,35 @@ def pack(
     return seal(kind | ILLEGAL_KIND * trained_on_validation, body)
 
 
-def _own_body(quantized: Quantized, config: GPTConfig, digest: str, steps_per_octave: int) -> bytes:
+def _own_body(
+    quantized: Quantized, config: GPTConfig, digest: str, steps_per_octave: int, ngram_bias: NgramBias | None
+) -> bytes:
     entries, parts = streams.take_apart(quantized, steps_per_octave)
     coded = streams.encode(parts)
     ordered = {name: coded[name] for name in streams.stream_names(entries)}
-    header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest)
+    if ngram_bias is not None:
+        ordered[TABLES] = encode_tables(ngram_bias, config)
+    tables = ngram_bias and ngram_bias.config
+    header = Header(config, entries, {name: len(data) for name, data in ordered.items()}, digest, tables)
     return _join(header.to_json(), b"".join(ordered.values()))
+
+
+def require_storable(tables: NgramBiasConfig, config: GPTConfig, settings: ArtifactConfig) -> None:
+    """ArtifactError for n-gram tables that no artifact holds. To be asked before they are counted."""
+    found = settings.container
+    require(found == "niblick", f"n-gram tables: expected artifact.container niblick, found {found}")
+    table_shape(tables, config)
+
+
+def require_room(ngram_bias: NgramBias, config: GPTConfig, settings: ArtifactConfig, code_bytes: int) -> None:
+    """ArtifactError if no model whatever fits beside the tables and the code. To be asked before training."""
+    size, room = len(encode_tables(ngram_bias, config)), settings.cap_bytes - code_bytes
+    message = f"n-gram tables: expected less than the {room:,} bytes that model and tables may take, found {size:,}"
+    require(size < room, f"{message}: fewer ngram_bias.rows or a coarser ngram_bias.step")
+
+
+def encode_tables(ngram_bias: NgramBias, config: GPTConfig) -> bytes:
+    return encode_integers(ngram_bias.integers.view(table_shape(ngram_bias.config, config)).numpy())
 
 
 def require_tokenizer(artifact: Container, tokenizer: str | Path) -> None:
@@ -114,28 +167,40 @@ def read_artifact(path: str | Path) -> Container:
     """Settings, weights and sizes. OSError, or ArtifactError with what was expected and found in the file."""
     try:
         kind, body = _read_body(Path(path))
-        config, quantized, sizes, tokenizer, grid = _READERS[kind & ~ILLEGAL_KIND](body)
+        config, quantized, sizes, tokenizer, grid, tables = _READERS[kind & ~ILLEGAL_KIND](body)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     size = PROLOGUE.size + len(body)
-    return Container(str(path), config, quantized, sizes, size, tokenizer, grid, bool(kind & ILLEGAL_KIND))
+    return Container(str(path), config, quantized, sizes, size, tokenizer, grid, bool(kind & ILLEGAL_KIND), tables)
 
 
-def _read_own(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+def _read_own(body: bytes) -> Contents:
     header, data = _split_body(body)
-    quantized = streams.decode(header.entries, header.shapes(), _split_streams(header, data))
+    coded = _split_streams(header, data)
+    quantized = streams.decode(header.entries, header.shapes(), coded)
     grid = max(entry.steps_per_octave for entry in header.entries)
-    return header.config, quantized, header.coded_bytes, header.tokenizer_sha256, grid
+    return header.config, quantized, header.coded_bytes, header.tokenizer_sha256, grid, _tables(header, coded)
 
 
-def _read_whole(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+def _tables(header: Header, coded: dict[str, bytes]) -> Tables | None:
+    if header.ngram_bias is None:
+        return None
+    try:
+        q = decode_integers(coded[TABLES], table_shape(header.ngram_bias, header.config))[0]
+    except ArtifactError as error:
+        raise ArtifactError(f"{TABLES}: {error}") from error
+    require(q.min() >= 0, f"{TABLES}: expected no negative integers, found {q.min()}")
+    return Tables(header.ngram_bias, torch.from_numpy(q))
+
+
+def _read_whole(body: bytes) -> Contents:
     config, quantized, tokenizer = published.decode_whole(body)
-    return config, quantized, {"whole": len(body)}, tokenizer, 0
+    return config, quantized, {"whole": len(body)}, tokenizer, 0, None
 
 
-def _read_groups(body: bytes) -> tuple[GPTConfig, Quantized, dict[str, int], str, int]:
+def _read_groups(body: bytes) -> Contents:
     config, quantized, tokenizer, sizes = published.decode_groups(body)
-    return config, quantized, sizes, tokenizer, 0
+    return config, quantized, sizes, tokenizer, 0, None
 
 
 _READERS = {OWN: _read_own, WHOLE: _read_whole, GROUPS: _read_groups}

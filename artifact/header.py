@@ -17,12 +17,16 @@ from niblick.artifact.matrices import ROLES
 from niblick.artifact.records import is_matrix
 from niblick.artifact.streams import Correction, Entry, stream_names
 from niblick.artifact.trellis import POLYNOMIALS
-from niblick.model.config import ConfigError, GPTConfig
+from niblick.model.config import ConfigError, GPTConfig, NgramBiasConfig
 from niblick.model.gpt import GPT
 
 MAX_BYTES = 1 << 20
 MAX_WEIGHTS = 1 << 26
 """Of one artifact: 2^26 weights fill the cap at two bits each, and are decoded in seconds."""
+MAX_ENTRIES = 1 << 26
+"""Of its n-gram tables, for the same reasons."""
+TABLES = "ngram_bias"
+"""Their stream, and what the header calls their settings."""
 MAX_LAYERS = 4096
 """Executed, loops included."""
 
@@ -34,6 +38,8 @@ class Header(NamedTuple):
     """By stream, in the order of the file."""
     tokenizer_sha256: str
     """Of the SentencePiece model file that the model's ids belong to; empty: not recorded."""
+    ngram_bias: NgramBiasConfig | None = None
+    """Of the n-gram tables, where there are some."""
 
     def to_json(self) -> bytes:
         values = {
@@ -42,6 +48,8 @@ class Header(NamedTuple):
             "streams": list(self.coded_bytes.items()),
             "tokenizer_sha256": self.tokenizer_sha256,
         }
+        if self.ngram_bias:
+            values[TABLES] = dataclasses.asdict(self.ngram_bias)
         return json.dumps(values, separators=(",", ":")).encode()
 
     @classmethod
@@ -52,11 +60,12 @@ class Header(NamedTuple):
             config, tensors, streams = (values[key] for key in ("config", "tensors", "streams"))
             entries = [Entry(*tensor[:6], tuple(Correction(*c) for c in tensor[6])) for tensor in tensors]
             coded_bytes = {name: size for name, size in streams}
-            tokenizer = values.get("tokenizer_sha256", "")
+            tokenizer, tables = values.get("tokenizer_sha256", ""), values.get(TABLES)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"header: expected JSON of config, tensors, streams: {error!r}"[:500]) from error
         require(isinstance(tokenizer, str), f"header: expected a tokenizer's SHA-256, found {tokenizer!r}")
-        header = cls(parse_config(config), entries, coded_bytes, tokenizer)
+        tables = None if tables is None else parse_config(tables, NgramBiasConfig)
+        header = cls(parse_config(config), entries, coded_bytes, tokenizer, tables)
         header._check()
         return header
 
@@ -64,6 +73,9 @@ class Header(NamedTuple):
         return role_shapes(self.config)
 
     def _check(self) -> None:
+        require(
+            self.ngram_bias is None or self.ngram_bias.mode != "none", "header: expected a mode of the n-gram tables"
+        )
         shapes = self.shapes()
         for entry in self.entries:
             require(_is_sound(entry), f"header: expected a tensor and how it is stored, found {list(entry)}"[:500])
@@ -75,7 +87,8 @@ class Header(NamedTuple):
         for entry in self.entries:
             problem = _misfit(entry, shapes[entry.name])
             require(not problem, f"header: {entry.name}: {problem}")
-        expected, found = stream_names(self.entries), list(self.coded_bytes)
+        expected = stream_names(self.entries) + ([TABLES] if self.ngram_bias else [])
+        found = list(self.coded_bytes)
         require(expected == found, f"header: expected the streams {expected} for its tensors, found {found}"[:1000])
         for name, size in self.coded_bytes.items():
             require(_is_natural(size), f"header: expected the size of stream {name}, found {size!r}")
@@ -99,17 +112,25 @@ def role_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def parse_config(values: object) -> GPTConfig:
+def table_shape(settings: NgramBiasConfig, config: GPTConfig) -> tuple[int, int, int]:
+    """Of all n-gram tables, one under the other, as a stack of one; ArtifactError where they are too large."""
+    shape = (1, len(settings.orders) * settings.rows, config.vocab_size)
+    found = math.prod(shape)
+    require(found <= MAX_ENTRIES, f"n-gram tables: expected at most {MAX_ENTRIES:,} entries in all, found {found:,}")
+    return shape
+
+
+def parse_config(values: object, kind: type = GPTConfig) -> GPTConfig | NgramBiasConfig:
     """ArtifactError for anything but settings of this version's model that agree."""
     require(isinstance(values, dict), f"header: expected settings in a dictionary, found {type(values).__name__}")
-    types = get_type_hints(GPTConfig)
+    types, make = get_type_hints(kind), kind
     for name in values:
         require(name in types, f"header: expected only settings of this version's model, found {name!r}")
     for name, kind in types.items():
-        value = values.get(name, getattr(GPTConfig, name))  # a setting added later must default to what was before it
+        value = values.get(name, getattr(make, name))  # a setting added later must default to what was before it
         require(_is_a(kind, value), f"header: expected {name} to be {_describe(kind)}, found {value!r}"[:500])
     try:
-        return GPTConfig(**values)
+        return make(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
     except (ConfigError, ArithmeticError) as error:
         raise ArtifactError(f"header: expected settings that agree: {error}") from error
 
@@ -155,8 +176,16 @@ def _is_natural(value: object) -> bool:
 def _is_a(kind: type, value: object) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)) and all(map(_is_number, value))
     return type(value) is kind or (kind is float and type(value) is int)
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
 def _describe(kind: type) -> str:
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers"
     return f"one of {list(get_args(kind))}" if get_origin(kind) is Literal else kind.__name__

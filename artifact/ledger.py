@@ -14,6 +14,7 @@ import brotli
 import numpy as np
 
 from niblick.artifact.container import Container
+from niblick.artifact.header import TABLES
 from niblick.artifact.records import RowIntegers
 from niblick.artifact.streams import Parts, shuffled, take_apart
 from niblick.artifact.trellis import parities
@@ -58,6 +59,8 @@ def byte_ledger(container: Container, code: list[Path], cap_bytes: int, tokenize
     """The ledger of an artifact that was read, scored by the source files `code` (`source_files`)."""
     bits = {name: t.bits for name, t in container.quantized.items() if isinstance(t, RowIntegers)}
     _, parts = take_apart(container.quantized, container.steps_per_octave)
+    if container.ngram_bias:
+        parts.stacks[TABLES], bits[TABLES] = container.ngram_bias.integers.numpy(), 16
     streams = tuple(
         _stream_bytes(name, parts, bits.get(name, 8), coded) for name, coded in container.coded_bytes.items()
     )

@@ -12,6 +12,7 @@ from niblick.artifact.records import Quantized, RowIntegers, dequantize, matrix
 from niblick.kernels.int6_linear import int6_pack
 from niblick.model.attention import choose_attention
 from niblick.model.gpt import BANKS, GPT, PackedMatrix
+from niblick.model.ngram_tables import from_integers
 
 Weights = Literal["dense", "packed"]
 
@@ -31,6 +32,9 @@ def load_model(
     except ArtifactError as error:
         raise ArtifactError(f"{artifact.path}: {error}") from error
     model.to(device)
+    if artifact.ngram_bias:
+        settings, integers = artifact.ngram_bias
+        model.ngram_bias = from_integers(integers, settings, artifact.config.bos_id, device)
     rung, model.attend = choose_attention(attention, device, dtype)
     if weights == "packed":
         use_packed_weights(model, artifact.quantized)

@@ -7,7 +7,7 @@ so a shard holds fewer than 2^31 tokens. The file's size must equal the header p
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,16 @@ def first_bos(tokens: np.ndarray, bos_id: int, path: str | Path) -> int:
         if len(hits):
             return start + int(hits[0])
     raise DataError(f"{path}: expected a document start (BOS, id {bos_id}), found none in {len(tokens)} tokens")
+
+
+def first_tokens(paths: Iterable[str | Path], vocab_size: int, most: int) -> Iterator[np.ndarray]:
+    """The first `most` tokens of the shards, end to end, in pieces. DataError for an id beyond the vocabulary."""
+    for path in paths:
+        tokens = read_shard(path)[: max(0, most)]
+        most -= len(tokens)
+        for start in range(0, len(tokens), BLOCK):
+            check_ids(tokens[start : start + BLOCK], vocab_size, path, offset=start)
+            yield tokens[start : start + BLOCK]
 
 
 def count_tokens(paths: Iterable[str | Path], vocab_size: int, most: int) -> np.ndarray:

@@ -101,11 +101,13 @@ def score(
 
     Of several ranks each scores its share of the windows; `progress` and `record` tell of it, the result of all.
 
-    ConfigError for no window, or hints for a model with two softcaps.
+    ConfigError for no window, or hints for a model with two softcaps or an n-gram bias.
     """
     require_targets(windows, len(tokens))
     if hints is not None:
         check_tilt(model.config)
+        if model.ngram_bias is not None:
+            raise ConfigError("score: the n-gram tilt expected a model without an n-gram bias, found one with tables")
     began, was_training, windows, everything = time.perf_counter(), model.training, own_share(windows), windows
     nll = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
     n_targets, n_bytes, total = 0, 0, _count_targets(windows)
@@ -157,21 +159,30 @@ def check_tilt(config: GPTConfig) -> None:
 def token_nll(model: GPT, packed: Packed, tokens: np.ndarray, hints: Hints | None = None) -> Tensor:
     """Negative log-likelihood of each scored target, nats, (M,) float32 on the model's device."""
     device = model.embedding.device
-    hidden = model.hidden(packed.ids.to(device), packed.cu_seqlens.to(device), looping=True)[packed.rows.to(device)]
+    ids, cu_seqlens, rows = (x.to(device) for x in packed[:3])
+    hidden = model.hidden(ids, cu_seqlens, looping=True)[rows]
     targets = _on(device, tokens[packed.targets], torch.int64)
     columns = [hidden, targets]
     if hints is not None:
         columns.append(_on(device, hints.tokens[packed.targets], torch.int64))
         columns.append(_on(device, hints.betas[packed.targets], torch.float32))
+    if model.ngram_bias is not None:
+        columns += [x[rows] for x in model.ngram_bias(ids, cu_seqlens)]
     n_rows = max(1, LOGITS_BYTES // (model.config.vocab_size * hidden.element_size()))
     chunks = zip(*(x.split(n_rows) for x in columns), strict=True)
-    return torch.cat([_row_nll(model, *chunk) for chunk in chunks])
+    return torch.cat([row_nll(model, *chunk) for chunk in chunks])
 
 
-def _row_nll(model: GPT, hidden: Tensor, targets: Tensor, *hint: Tensor) -> Tensor:
+def row_nll(model: GPT, hidden: Tensor, targets: Tensor, *ngram: Tensor) -> Tensor:
+    """Negative log-likelihood (n,) of targets (n,) given hidden states (n, D).
+
+    ngram: the rows and factors (n, K) of the model's bias if it has one, else hints and betas (n,), else nothing.
+    """
     logits = model.head(hidden)
-    if hint:
-        return ngram_tilt(logits, targets, *hint, model.config.softcap)
+    if model.ngram_bias is not None:
+        return model.ngram_bias.loss(logits, targets, *ngram, model.config.softcap, reduction="none")
+    if ngram:
+        return ngram_tilt(logits, targets, *ngram, model.config.softcap)
     return softcapped_ce(logits, targets, *model.softcaps, reduction="none")
 
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 Impl = Literal["kernel", "reference"]
 Method = Literal["plain", "sliding", "score-first", "phased"]
 Tail = Literal["keep", "drop"]
+TableDtype = Literal["float32", "bfloat16", "float16"]
 TiltVersion = Literal["A", "B"]
 
 
@@ -168,6 +169,63 @@ class GPTConfig:
             max(self.smear_window, self.gate_window) <= self.model_dim,
             f"model.smear_window and model.gate_window must be at most model.model_dim {self.model_dim}",
         )
+
+
+@dataclass(frozen=True)
+class NgramBiasConfig:
+    """Log-probabilities of hashed bigrams, trigrams and four-grams, added to the capped logits (taka6745/paramgolf).
+
+    Counted in training tokens before training, so that the network learns what they do not know; see
+    `model.ngram_tables`. Three tables of 16,384 rows and 8192 columns take 1.6 GB in float32.
+    """
+
+    mode: Literal["none", "sum", "backoff"] = "none"
+    """`sum`: all orders, by their weights. `backoff`: one row a token, of the longest context that `gate` trusts."""
+    rows: int = 16_384
+    """Of each table; contexts are hashed to them."""
+    tokens: int = 100_000_000
+    """Of the training shards that are counted, from the first on."""
+    smoothing: float = 0.1
+    """Added to every count."""
+    weights: tuple[float, float, float] = (0.20, 0.15, 0.10)
+    """Of bigram, trigram and four-gram in a sum; a table of weight 0 is not made."""
+    backoff_factor: float = 0.4
+    """What one order less costs: the trigram's row is times this, the bigram's times its square."""
+    gate: Literal["probability", "gap", "published"] = "probability"
+    """A row is trusted if its largest log-probability, or (`gap`) how far that lies above the row's mean, exceeds the
+    threshold. `published`: the log-probability and thresholds of 1.0, which none can exceed: 0.16 times the bigram."""
+    thresholds: tuple[float, float] = (-1.0, -1.0)
+    """Of trigram and four-gram, nats: ln p < 0 with `probability`, about 0 to 20 with `gap`."""
+    log_frequency_tokens: int = 0
+    """n > 0: each row times 1 / ln(2 + how often it is looked up in the first n tokens)."""
+    partitions: int = 1
+    """S > 1 turns the bigram's rows by (token mod S) rows / S, when they are counted and when they are looked up."""
+    dtype: TableDtype = "bfloat16"
+    at_evaluation: Literal["drop", "artifact"] = "drop"
+    """`drop`: score without the tables. `artifact`: they are part of the artifact, rounded to `step`, and count."""
+    step: float = 0.25
+    """Nats; of tables in the artifact."""
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Tokens of the n-grams that have a table."""
+        return tuple(n for n, w in zip((2, 3, 4), self.weights, strict=True) if w != 0 or self.mode == "backoff")
+
+    def __post_init__(self) -> None:
+        _require_choices(self, "ngram_bias")
+        _require_range(self, "ngram_bias", 1, 2**31 - 1, "rows", "partitions")
+        _require_range(self, "ngram_bias", 2, 1e12, "tokens")
+        _require_range(self, "ngram_bias", 0, 1e12, "log_frequency_tokens")
+        _require_range(self, "ngram_bias", 1e-6, 1e6, "smoothing", "step")
+        _require_range(self, "ngram_bias", 0, 1, "backoff_factor")
+        for name, most in (("weights", 100.0), ("thresholds", 100.0)):
+            value = getattr(self, name)
+            _require(all(abs(x) <= most for x in value), f"ngram_bias.{name} must be within {most:g}: got {value}")
+        _require(
+            self.rows % self.partitions == 0,
+            f"ngram_bias.partitions must divide ngram_bias.rows {self.rows}: got {self.partitions}",
+        )
+        _require(self.mode != "sum" or len(self.orders) > 0, "ngram_bias.weights must not all be 0 with mode sum")
 
 
 @dataclass(frozen=True)
@@ -413,6 +471,7 @@ class Preset:
     batch: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    ngram_bias: NgramBiasConfig = field(default_factory=NgramBiasConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -25,6 +25,7 @@ from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.attention import Attend, attend_plain
 from niblick.model.config import ConfigError, GPTConfig
 from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, mix_lanes, rms_norm
+from niblick.model.ngram_tables import NgramBias
 from niblick.model.ops import choose_ops
 
 MAX_GATE_WINDOW = 64  # channels that xsa_gate multiplies by itself; wider gates are a GEMM beforehand
@@ -131,6 +132,8 @@ class GPT(nn.Module):
         self.packed: dict[str, list[PackedMatrix | Tensor]] = {}
         self.observe: Callable[[str, int, Tensor], None] | None = None
         """Called with (what, layer, x) for every x (N, C) that a layer's matrices multiply: for `artifact.hessians`."""
+        self.ngram_bias: NgramBias | None = None
+        """Added to the capped logits of every loss, where there is one."""
         self._create_parameters(torch.float64 if dtype == torch.float64 else torch.float32)
         self._initialize(torch.Generator().manual_seed(seed))
         self.rotary = Rotary(config)
@@ -189,18 +192,24 @@ class GPT(nn.Module):
         self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool, row_starts: Tensor | None = None
     ) -> Tensor:
         """Mean cross-entropy in nats over all N positions, float32 scalar: the training loss."""
-        return self._loss(self.hidden(ids, cu_seqlens, looping, row_starts=row_starts), targets, "mean")
+        hidden = self.hidden(ids, cu_seqlens, looping, row_starts=row_starts)
+        return self._loss(hidden, targets, "mean", ids, cu_seqlens)
 
     def token_losses(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool = True) -> Tensor:
         """Cross-entropy of every position in nats, (N,) float32."""
-        return self._loss(self.hidden(ids, cu_seqlens, looping), targets, "none")
+        return self._loss(self.hidden(ids, cu_seqlens, looping), targets, "none", ids, cu_seqlens)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Raw logits of hidden states, before the softcap: (n, D) -> (n, V)."""
         return F.linear(hidden, self.embedding)
 
-    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         c = self.config
+        if self.ngram_bias is not None:
+            rows, reference = self.ngram_bias(ids, cu_seqlens), c.loss_impl == "reference"
+            return self.ngram_bias.loss(
+                self.head(hidden), targets, *rows, c.softcap, reference=reference, reduction=reduction
+            )
         # Upstream gradients a token are beyond the fused head: it sums the embedding's gradient on the way.
         if c.loss_impl == "fused" and (reduction == "mean" or not torch.is_grad_enabled()):
             fp8 = self.fp8 and self.training

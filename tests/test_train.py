@@ -24,6 +24,7 @@ from niblick.data import command_line
 from niblick.data.errors import DataError
 from niblick.data.prepare import prepare
 from niblick.data.shards import HEADER_BYTES, write_shard
+from niblick.kernels.ngram_bias import ngram_bias_ref
 from niblick.kernels.softcapped_ce import softcapped_ce_ref
 from niblick.model.config import ConfigError
 from niblick.model.runlog import RunLog
@@ -113,6 +114,24 @@ def test_whole_job(train, tmp_path: Path) -> None:
     ):
         assert heading in out
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("niblick.model.ngram_tables.ngram_bias", ngram_bias_ref)
+    words = "--schedule.max-steps 1 --ngram-bias.mode sum --ngram-bias.rows 64 --ngram-bias.at-evaluation artifact"
+    status, out, err = train(*words.split())
+    assert (status, err) == (0, "") and "n-gram tables, training and calibration" in out and "ngram_bias" in out
+    last = records(tmp_path / "out")[-1]
+    bits = last["bits_per_byte"]
+    assert bits["after reload"] == bits["after quantisation"] < last["yardsticks"]["token unigram"] - 0.5
+    for more, reason in (
+        ("--artifact.container brotli", "expected artifact.container niblick, found brotli"),
+        ("--artifact.cap-bytes 300000", "that model and tables may take, found"),
+        ("--model.asymmetric-softcap", "expected one softcap, found model.asymmetric_softcap"),
+        ("--evaluation.method phased", "evaluation.method phased expected ngram_bias.at_evaluation drop: got artifact"),
+    ):
+        status, _, err = train(*words.split(), *more.split())
+        assert status == 2 and err.count("\n") == 1 and reason in err, err
 
 
 def test_the_target_is_filled_or_refused(train, tmp_path: Path) -> None:

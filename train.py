@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from niblick.artifact.bundle import bundle
 from niblick.artifact.container import ILLEGAL, pack, read_artifact, require_room, require_storable, write_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
-from niblick.artifact.ledger import byte_ledger, source_files, table_rows
+from niblick.artifact.ledger import byte_ledger, table_rows
 from niblick.artifact.load import load_model, set_weights
 from niblick.artifact.published import require_lrzip
 from niblick.artifact.quantize import Quantization, quantize
@@ -50,6 +52,7 @@ from niblick.model.checkpoint import load_checkpoint, remove_half_written
 from niblick.model.config import ArtifactConfig, ConfigError, Preset
 from niblick.model.distributed import contact, require_agreement
 from niblick.model.errors import TrainingStopped
+from niblick.model.files import write_atomically
 from niblick.model.gpt import GPT
 from niblick.model.launch import Launch, launch, said_once
 from niblick.model.ngram_tables import NgramBias, build
@@ -58,7 +61,7 @@ from niblick.model.run import position_fields, run_clock
 from niblick.model.runlog import RunLog, environment
 from niblick.model.training import Position, Trainer
 
-CHECKPOINT, ARTIFACT, LOG = "checkpoint.safetensors", "artifact.nbk", "log.jsonl"
+CHECKPOINT, ARTIFACT, CODE, LOG = "checkpoint.safetensors", "artifact.nbk", "niblick.pyz", "log.jsonl"
 SHORT = {"--resume": "--run.resume", "--illegal-train-on-validation": "--evaluation.illegal-train-on-validation"}
 PLACES = ("data.cache", "run.out")
 """Settings in which the ranks may differ: folders of several machines."""
@@ -266,13 +269,14 @@ def ngram_tables(preset: Preset, prepared: Prepared, here: Launch) -> NgramBias:
         pieces = (torch.from_numpy(piece.astype(np.int32)) for piece in tokens)
         bias = build(pieces, settings, model.vocab_size, model.bos_id, here.device)
         if settings.at_evaluation == "artifact":
-            code_bytes = sum(path.stat().st_size for path in evaluation_code())
-            require_room(bias, model, preset.artifact, code_bytes)
+            require_room(bias, model, preset.artifact, len(code()))
     return bias
 
 
-def evaluation_code() -> list[Path]:
-    return source_files(Path(__file__).with_name("evaluate.py"))
+@cache
+def code() -> bytes:
+    """The file that is shipped with the artifact, and counts beside it."""
+    return bundle(*(Path(__file__).with_name(f"{script}.py") for script in ("train", "evaluate")))
 
 
 # ---- after the clock -----------------------------------------------------------------------------------------------
@@ -329,8 +333,6 @@ def finish(
     """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
     preset, model = trainer.preset, trainer.model
     path, illegal = Path(preset.run.out) / ARTIFACT, preset.evaluation.illegal_train_on_validation
-    code = evaluation_code()
-    code_bytes = sum(file.stat().st_size for file in code)
     if preset.ngram_bias.at_evaluation == "drop":
         model.ngram_bias = None
     with stages.stage("quantise"):
@@ -340,10 +342,11 @@ def finish(
     quantized, settings = as_given, preset.artifact
     if settings.target_bytes:
         with stages.stage("fill"):
-            quantized, settings = fill_up(trainer, prepared, hessians, code_bytes)
+            quantized, settings = fill_up(trainer, prepared, hessians)
     with stages.stage("write"):
         tables = model.ngram_bias
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, code_bytes)
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, len(code()))
+        write_atomically(path.with_name(CODE), lambda file: file.write(code()))
     held_out = load_held_out(preset, prepared)
     config = preset.evaluation
     adapts = METHODS[config.method].adapts
@@ -369,7 +372,7 @@ def finish(
     evaluation_s = clock.seconds
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
-    ledger = byte_ledger(artifact, code, preset.artifact.cap_bytes, prepared.tokenizer)
+    ledger = byte_ledger(artifact, len(code()), preset.artifact.cap_bytes, prepared.tokenizer)
     log.write(
         "end of run",
         bits_per_byte=bits,
@@ -399,7 +402,7 @@ def print_share(what: str, seconds: float, budget_s: float) -> None:
 
 
 def fill_up(
-    trainer: Trainer, prepared: Prepared, hessians: dict[str, Tensor] | None, code_bytes: int
+    trainer: Trainer, prepared: Prepared, hessians: dict[str, Tensor] | None
 ) -> tuple[Quantized, ArtifactConfig]:
     """The weights with the finest clip for which they and the code come to at most `target_bytes`."""
     preset = trainer.preset
@@ -409,9 +412,9 @@ def fill_up(
         illegal, tables = preset.evaluation.illegal_train_on_validation, trainer.model.ngram_bias
         return len(pack(quantization.tensors, preset.model, prepared.tokenizer, settings, illegal, tables))
 
-    found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - code_bytes)
+    found = fill(trainer.model.state_dict(), preset.artifact, hessians, size_of, target - len(code()))
     factor = found.config.mlp_clip / preset.artifact.mlp_clip
-    print(f"clips x {factor:.4f}: {found.size + code_bytes:,} bytes of model and code, {target:,} wanted")
+    print(f"clips x {factor:.4f}: {found.size + len(code()):,} bytes of model and code, {target:,} wanted")
     return found.quantization.tensors, found.config
 
 
@@ -444,6 +447,7 @@ def report(bits, yardsticks, ledger, position: Position, stages: Stages, path: P
     for table in (run, size, scores):
         console.print(table)
     print(f"artifact: {path}; to score it again: evaluate.py {path} --data {data}")
+    print(f"code: {path.with_name(CODE)}; by itself: {CODE} evaluate {path.name} --data FOLDER, {CODE} train PRESET")
     if "with the clips given" in bits:
         gained = bits["with the clips given"] - bits["after quantisation"]
         print(f"filling up to the target gained {gained:.5f} bits per byte")

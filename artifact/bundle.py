@@ -1,11 +1,13 @@
-"""The code of a submission in one file: a script and all of niblick that it imports, packed, and run by Python as it is.
+"""The code of a submission in one file: scripts and all of niblick that they import, packed; Python runs it as it is.
 
-    python evaluate.pyz ARTIFACT --data FOLDER
+    python niblick.pyz evaluate ARTIFACT --data FOLDER
+    torchrun --nproc-per-node 8 niblick.pyz train pr1855
 
-The file is a zip of two members, which any zip reader opens: `__main__.py`, which unpacks the other one into a temporary
-folder and runs the script there (Triton wants its kernels in files), and `source.json.xz`, {path: text} under LZMA.
-Comments, docstrings and what kernels hold only for tests and benches are left out; names stay, so that a traceback reads
-as in the repository. Third-party packages are imported, not packed.
+The file is a zip of two members, which any zip reader opens: `__main__.py`, which unpacks the other into a temporary
+folder and runs a script there (Triton wants its kernels in files), and `source.json.xz`, {path: text} under LZMA.
+Comments, docstrings and what kernels hold only for tests and benches are left out. Names stay, so that a traceback
+reads as in the repository. Third-party packages are imported, not packed. Python runs it under any name, train_gpt.py
+too; it should be the version that packed it, or a later one.
 """
 
 import ast
@@ -18,10 +20,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SOURCE = "source.json.xz"
-LIFTED_ENDS = "# --- not needed when lifted ---"
-"""In a kernel's file: what follows is for tests and benches."""
+LIFTED_ENDS = "\n# --- not needed when lifted ---"
+"""A line of a kernel's file: what follows is for tests and benches."""
 MAIN = """\
 import atexit, json, lzma, pathlib, runpy, shutil, sys, tempfile, zipfile
+if sys.argv[1:2] and sys.argv[1] in {scripts!r}:
+    script = sys.argv.pop(1)
+else:
+    print(f"expected one of {{', '.join({scripts!r})}} first, got {{sys.argv[1:2] or 'nothing'}}", file=sys.stderr)
+    sys.exit(2)
 folder = pathlib.Path(tempfile.mkdtemp(prefix="niblick-"))
 atexit.register(shutil.rmtree, folder, ignore_errors=True)
 with zipfile.ZipFile(sys.argv[0]) as packed:
@@ -31,29 +38,33 @@ for name, text in source.items():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 sys.path.insert(0, str(folder))
-runpy.run_path(str(folder / {entry!r}), run_name="__main__")
+runpy.run_path(str(folder / f"{{script}}.py"), run_name="__main__")
 """
 
 
-def bundle(entry: str | Path) -> bytes:
-    """The file for the script `entry`. The same sources give the same bytes, under one version of Python."""
-    entry = Path(entry)
-    source = {_packed_name(path, entry): stripped(path.read_text("utf-8")) for path in source_files(entry)}
+def bundle(*scripts: str | Path) -> bytes:
+    """The file that runs each of the scripts by its name. The same sources give the same bytes, and so does a bundle
+    made from within one; under one version of Python."""
+    scripts = tuple(Path(script) for script in scripts)
+    source = {_packed_name(path, scripts): stripped(path.read_text("utf-8")) for path in source_files(*scripts)}
     text = json.dumps(dict(sorted(source.items())), ensure_ascii=False, separators=(",", ":")).encode()
-    packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    main = MAIN.format(source=SOURCE, scripts=tuple(script.stem for script in scripts))
     found = io.BytesIO()
     with zipfile.ZipFile(found, "w") as file:
-        for name, data in (("__main__.py", MAIN.format(source=SOURCE, entry=entry.name).encode()), (SOURCE, packed)):
+        for name, data in (
+            ("__main__.py", main.encode()),
+            (SOURCE, lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        ):
             file.writestr(zipfile.ZipInfo(name), data)  # of a fixed date
     return found.getvalue()
 
 
-def source_files(entry: str | Path) -> list[Path]:
-    """The script `entry` and every file of niblick that it imports, directly or not: the code run to score.
+def source_files(*scripts: str | Path) -> list[Path]:
+    """The scripts and every file of niblick that they import, directly or not.
 
     Imports are read from the source, those inside functions too, so the list does not depend on what was run before.
     """
-    found, pending = {}, [Path(entry)]
+    found, pending = {}, [Path(script) for script in scripts]
     while pending:
         path = pending.pop()
         if path not in found:
@@ -75,8 +86,8 @@ def _is_text(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
-def _packed_name(path: Path, entry: Path) -> str:
-    return path.name if path == entry else f"niblick/{path.parent.name}/{path.name}"
+def _packed_name(path: Path, scripts: tuple[Path, ...]) -> str:
+    return path.name if path in scripts else f"niblick/{path.parent.name}/{path.name}"
 
 
 def _imports(path: Path) -> Iterator[Path]:

@@ -1,16 +1,12 @@
 """The byte ledger: where an artifact's bytes go, by role and stream, and what is left under the cap.
 
-What counts is the artifact plus the source of the code that scores it, each file as it lies on disk. The source's size
-under brotli is listed for comparison with submissions that pack their script; neither it nor the tokenizer counts.
+What counts is the artifact plus the file of code that is shipped with it (`bundle`), each as it lies on disk. The
+tokenizer does not, by the challenge's rules.
 """
 
-import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-import brotli
 import numpy as np
 
 from niblick.artifact.container import Container
@@ -42,7 +38,6 @@ class Ledger:
     container_bytes: int
     model_bytes: int
     code_bytes: int
-    code_brotli_bytes: int
     tokenizer_bytes: int
     cap_bytes: int
 
@@ -55,8 +50,8 @@ class Ledger:
         return self.total_bytes <= self.cap_bytes
 
 
-def byte_ledger(container: Container, code: list[Path], cap_bytes: int, tokenizer: str | Path | None = None) -> Ledger:
-    """The ledger of an artifact that was read, scored by the source files `code` (`source_files`)."""
+def byte_ledger(container: Container, code_bytes: int, cap_bytes: int, tokenizer: str | Path | None = None) -> Ledger:
+    """The ledger of an artifact that was read, and of so many bytes of code beside it."""
     bits = {name: t.bits for name, t in container.quantized.items() if isinstance(t, RowIntegers)}
     _, parts = take_apart(container.quantized, container.steps_per_octave)
     if container.ngram_bias:
@@ -64,30 +59,14 @@ def byte_ledger(container: Container, code: list[Path], cap_bytes: int, tokenize
     streams = tuple(
         _stream_bytes(name, parts, bits.get(name, 8), coded) for name, coded in container.coded_bytes.items()
     )
-    source = [path.read_bytes() for path in code]
     return Ledger(
         streams=streams,
         container_bytes=container.size - sum(s.coded_bytes for s in streams),
         model_bytes=container.size,
-        code_bytes=sum(map(len, source)),
-        code_brotli_bytes=len(brotli.compress(b"".join(source), quality=11)),
+        code_bytes=code_bytes,
         tokenizer_bytes=Path(tokenizer).stat().st_size if tokenizer else 0,
         cap_bytes=cap_bytes,
     )
-
-
-def source_files(entry: str | Path) -> list[Path]:
-    """The script `entry` and every file of niblick that it imports, directly or not: the code run to score.
-
-    Imports are read from the source, those inside functions too, so the list does not depend on what was run before.
-    """
-    found, pending = {}, [Path(entry)]
-    while pending:
-        path = pending.pop()
-        if path not in found:
-            found[path] = None
-            pending += _imports(path)
-    return list(found)
 
 
 def table_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
@@ -104,7 +83,6 @@ def table_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
         "code": ledger.code_bytes,
         "total": ledger.total_bytes,
         f"left of {ledger.cap_bytes:,}": ledger.cap_bytes - ledger.total_bytes,
-        "not counted: code under brotli": ledger.code_brotli_bytes,
         "not counted: tokenizer": ledger.tokenizer_bytes,
     }
     return rows + [(name, "", "", "", f"{size:,}") for name, size in sums.items()]
@@ -135,13 +113,3 @@ def entropy_bytes(symbols: np.ndarray) -> float:
     counts = np.bincount(flat - flat.min())
     counts = counts[counts > 0]
     return float((counts * np.log2(flat.size / counts)).sum() / 8)
-
-
-def _imports(path: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
-        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            is_room = module.count(".") < 2  # `from niblick.data import shards`; deeper, the names are not modules
-            names = [f"{module}.{name}" for name in names] if is_room else [module]
-        yield from (Path(find_spec(name).origin) for name in names if name.startswith("niblick."))

@@ -329,9 +329,9 @@ def _tile_of_product(
     row = tile // n_blocks * BLOCK_M
     col = tile % n_blocks * BLOCK_F
     n_rows = tl.cdiv(N, BLOCK_M) * BLOCK_M if FP8 else N
-    # float32 is multiplied and added up in float64: where the terms of a column of gradients nearly cancel, what is left
-    # is of the size of the roundings, and those of float32 chains of only 16 were thrice a library's. Without tl.dot, of
-    # which Triton 3.7 has none in float64 for Blackwell.
+    # float32 is multiplied and added up in float64: where the terms of a column of gradients nearly cancel, what is
+    # left is of the size of the roundings, and those of float32 chains of only 16 were thrice a library's. Without
+    # tl.dot, of which Triton 3.7 has none in float64 for Blackwell.
     acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float64 if DTYPE == tl.float32 else tl.float32)
     for k in range(0, K, BLOCK_K):
         a = _load_tile(x, row, k, n_rows, K, BLOCK_M, BLOCK_K, TMA).to(OPERAND)

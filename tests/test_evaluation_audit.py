@@ -336,7 +336,7 @@ def test_command_on_other_peoples_code(tmp_path, capsys):
     for words, message in (
         ([f"{tmp_path}/theirs.py:three"], "expected a scorer 'three', a callable, found int"),
         ([f"{tmp_path}/none.py:honest"], "expected a Python file, found none"),
-        (["slyding"], "expected a method plain, sliding, score-first or FILE.py:NAME, found 'slyding'"),
+        (["slyding"], "expected a method plain, sliding, score-first, phased or FILE.py:NAME, found 'slyding'"),
         (["plain", "--swops", "3"], "unknown option '--swops' (nearest: --swaps)"),
         (["plain", "--n-tokens", "2"], "--n-tokens of at least 3"),
         (["plain", "--sequence-length", "0"], "sequence_length must be in 1..1e+06: got 0"),

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numerics import assert_close_f32
 from ranks import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
+from niblick.artifact.bundle import bundle
 from niblick.artifact.fill import SLACK
 from niblick.data import command_line
 from niblick.data.errors import DataError
@@ -42,6 +44,9 @@ SMALL = f"""--model.vocab-size {PIECES} --model.num-layers 4 --model.model-dim 1
 FIELDS = [*(f"--model.{name.replace('_', '-')}" for name in REFERENCE), "--optim.newton-schulz-impl"]
 PLAIN = [word for field in FIELDS for word in (field, "reference")]
 """Hundreds of steps of interpreted Triton kernels would take minutes; they have tests of their own."""
+
+
+bundle_once = cache(bundle)  # most of a second
 
 
 def load_script(name: str):
@@ -68,6 +73,7 @@ def train(corpus: Path, tmp_path: Path, capsys, monkeypatch):
     """Runs train.py here; returns status, stdout, stderr."""
     script = load_script("train")
     monkeypatch.setattr("niblick.evaluation.score.softcapped_ce", softcapped_ce_ref)  # or a second a score
+    monkeypatch.setattr(script, "bundle", bundle_once)
 
     def run(*words: str) -> tuple[int, str, str]:
         options = ["--data.source", str(corpus), "--data.cache", str(corpus.parent / "cache")]
@@ -104,6 +110,7 @@ def test_whole_job(train, tmp_path: Path) -> None:
     steps = [r for r in log if r["event"] == "step"]
     assert [r["step"] for r in steps] == list(range(1, 41)) and steps[-1]["loss"] < steps[0]["loss"]
     assert last["model_bytes"] == (tmp_path / "out" / "artifact.nbk").stat().st_size
+    assert last["code_bytes"] == (tmp_path / "out" / "niblick.pyz").stat().st_size < 200_000
     for heading in (
         "bits per byte",
         "token unigram",
@@ -126,7 +133,7 @@ def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> Non
     assert bits["after reload"] == bits["after quantisation"] < last["yardsticks"]["token unigram"] - 0.5
     for more, reason in (
         ("--artifact.container brotli", "expected artifact.container niblick, found brotli"),
-        ("--artifact.cap-bytes 300000", "that model and tables may take, found"),
+        (f"--artifact.cap-bytes {len(train.script.code()) + 500}", "that model and tables may take, found"),
         ("--model.asymmetric-softcap", "expected one softcap, found model.asymmetric_softcap"),
         ("--evaluation.method phased", "evaluation.method phased expected ngram_bias.at_evaluation drop: got artifact"),
     ):
@@ -139,7 +146,7 @@ def test_the_target_is_filled_or_refused(train, tmp_path: Path) -> None:
     status, _, err = train(*steps, "--artifact.target-bytes", "1")
     assert status == 2 and err.count("\n") == 1 and "expected a clip for which the model takes at most" in err
     assert not (tmp_path / "out/artifact.nbk").exists()
-    code = sum(file.stat().st_size for file in train.script.source_files(ROOT / "evaluate.py"))
+    code = len(train.script.code())
     target = code + 120_000
     status, out, err = train(*steps, "--artifact.target-bytes", str(target), "--artifact.rounding", "trellis8")
     assert (status, err) == (0, "") and "filling up to the target gained" in out

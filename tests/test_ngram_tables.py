@@ -246,7 +246,7 @@ def test_an_artifact_gives_the_tables_back_and_counts_them(tmp_path) -> None:
     without = write_artifact(tmp_path / "without.nbk", weights, MODEL, settings=settings)
     size = write_artifact(tmp_path / "with.nbk", weights, MODEL, settings=settings, ngram_bias=model.ngram_bias)
     artifact = read_artifact(tmp_path / "with.nbk")
-    ledger = byte_ledger(artifact, [], 16_000_000)
+    ledger = byte_ledger(artifact, 0, 16_000_000)
     assert artifact.size == size == ledger.total_bytes and size > without
     stream = next(s for s in ledger.streams if s.name == "ngram_bias")
     assert stream.values == 48 * V and 0.5 * stream.entropy_bytes < stream.coded_bytes <= size - without

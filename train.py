@@ -43,7 +43,7 @@ from niblick.data.command_line import guarded, nearest, parse
 from niblick.data.errors import DataError
 from niblick.data.prepare import Prepared, prepare_cached
 from niblick.data.shards import count_tokens, first_tokens
-from niblick.evaluation.clock import Clock
+from niblick.evaluation.clock import Clock, process_age_s
 from niblick.evaluation.prequantization import train_on_validation
 from niblick.evaluation.run import METHODS, evaluate_model, settings_of
 from niblick.evaluation.validation import ValidationSet
@@ -196,6 +196,9 @@ def main(words: list[str]) -> None:
         print(f"compile and warm-up: {steps} step(s) in each of {modes} loop mode(s)", flush=True)
     with stages.stage("compile and warm-up"), make_loader(preset, prepared, here, None) as batches:
         trainer.warm_up(batches)
+    if log and (age_s := process_age_s()):
+        log.write("ready", process_age_s=age_s)
+        print(f"ready {age_s:.1f} s after the start of the process", flush=True)
     with stages.stage("training"), make_loader(preset, prepared, here, position.cursor) as batches:
         position = run_clock(trainer, batches, position, out / CHECKPOINT, log)
     trainer.ema.copy_to(trainer.model)

@@ -104,6 +104,7 @@ def test_whole_job(train, tmp_path: Path) -> None:
     first, last = log[0], log[-1]
     assert first["event"] == "start" and first["config"]["model"]["vocab_size"] == PIECES
     assert {"torch", "triton", "python", "device", "commit"} <= first.keys()
+    assert [r["event"] for r in log[:3]] == ["start", "ready", "step"] and log[1]["process_age_s"] > 0
     bits = last["bits_per_byte"]
     assert bits["after reload"] == bits["after quantisation"] != bits["before quantisation"]
     assert bits["after reload"] < last["yardsticks"]["token unigram"] - 0.5

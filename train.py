@@ -175,6 +175,8 @@ def main(words: list[str]) -> None:
         require_lrzip()  # now, not after ten minutes of training
     settings_of(preset.evaluation)
     here = join(preset)
+    with said_once(here.rank):
+        code()  # of the files as they are now: they may be edited while it trains
     out = Path(preset.run.out)
     stages = Stages(here.rank == 0)
     with stages.stage("data"):
@@ -279,7 +281,7 @@ def ngram_tables(preset: Preset, prepared: Prepared, here: Launch) -> NgramBias:
 @cache
 def code() -> bytes:
     """The file that is shipped with the artifact, and counts beside it."""
-    return bundle(*(Path(__file__).with_name(f"{script}.py") for script in ("train", "evaluate")))
+    return bundle(Path(__file__), Path(__file__).with_name("evaluate.py"))
 
 
 # ---- after the clock -----------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
     python niblick.pyz evaluate ARTIFACT --data FOLDER
     torchrun --nproc-per-node 8 niblick.pyz train pr1855
 
-The file is a zip of two members, which any zip reader opens: `__main__.py`, which unpacks the other into a temporary
-folder and runs a script there (Triton wants its kernels in files), and `source.json.xz`, {path: text} under LZMA.
-Comments, docstrings and what kernels hold only for tests and benches are left out. Names stay, so that a traceback
-reads as in the repository. Third-party packages are imported, not packed. Python runs it under any name, train_gpt.py
-too; it should be the version that packed it, or a later one.
+The file is a zip of two members, which any zip reader opens: `__main__.py`, which unpacks the other and runs a script
+there, and `source.json.xz`, {path: text} under LZMA. The folder (Triton wants its kernels in files) lies in the
+temporary one, is named after the content, and serves all ranks. Comments, docstrings and what kernels hold only for
+tests and benches are left out; the scripts keep their docstrings, which are what --help says. Names stay, so that a
+traceback reads as in the repository. Third-party packages are imported, not packed. Python runs it under any name,
+train_gpt.py too; it should be the version that packed it, or a later one.
 """
 
 import ast
@@ -23,20 +24,25 @@ SOURCE = "source.json.xz"
 LIFTED_ENDS = "\n# --- not needed when lifted ---"
 """A line of a kernel's file: what follows is for tests and benches."""
 MAIN = """\
-import atexit, json, lzma, pathlib, runpy, shutil, sys, tempfile, zipfile
+import hashlib, json, lzma, os, pathlib, runpy, sys, tempfile, zipfile
 if sys.argv[1:2] and sys.argv[1] in {scripts!r}:
     script = sys.argv.pop(1)
 else:
     print(f"expected one of {{', '.join({scripts!r})}} first, got {{sys.argv[1:2] or 'nothing'}}", file=sys.stderr)
     sys.exit(2)
-folder = pathlib.Path(tempfile.mkdtemp(prefix="niblick-"))
-atexit.register(shutil.rmtree, folder, ignore_errors=True)
 with zipfile.ZipFile(sys.argv[0]) as packed:
-    source = json.loads(lzma.decompress(packed.read({source!r})))
-for name, text in source.items():
+    source = packed.read({source!r})
+folder = pathlib.Path(tempfile.gettempdir(), f"niblick-{{os.getuid()}}-{{hashlib.sha256(source).hexdigest()[:16]}}")
+folder.mkdir(mode=0o700, exist_ok=True)
+if folder.stat().st_uid != os.getuid():
+    print(f"{{folder}}: expected a folder of one's own, found another user's (set TMPDIR)", file=sys.stderr)
+    sys.exit(2)
+for name, text in json.loads(lzma.decompress(source)).items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    half = path.with_name(f".{{path.name}}.{{os.getpid()}}")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
 sys.path.insert(0, str(folder))
 runpy.run_path(str(folder / f"{{script}}.py"), run_name="__main__")
 """
@@ -46,7 +52,10 @@ def bundle(*scripts: str | Path) -> bytes:
     """The file that runs each of the scripts by its name. The same sources give the same bytes, and so does a bundle
     made from within one; under one version of Python."""
     scripts = tuple(Path(script) for script in scripts)
-    source = {_packed_name(path, scripts): stripped(path.read_text("utf-8")) for path in source_files(*scripts)}
+    source = {
+        _packed_name(path, scripts): stripped(path.read_text("utf-8"), documented=path in scripts)
+        for path in source_files(*scripts)
+    }
     text = json.dumps(dict(sorted(source.items())), ensure_ascii=False, separators=(",", ":")).encode()
     main = MAIN.format(source=SOURCE, scripts=tuple(script.stem for script in scripts))
     found = io.BytesIO()
@@ -73,10 +82,10 @@ def source_files(*scripts: str | Path) -> list[Path]:
     return list(found)
 
 
-def stripped(text: str) -> str:
-    """The same program without comments, docstrings and a kernel's part for tests."""
+def stripped(text: str, documented: bool = False) -> str:
+    """The same program without comments, a kernel's part for tests and, unless they are wanted, docstrings."""
     tree = ast.parse(text.partition(LIFTED_ENDS)[0])
-    for node in ast.walk(tree):
+    for node in () if documented else ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [line for line in node.body if not _is_text(line)] or [ast.Pass()]
     return ast.unparse(tree)

@@ -9,12 +9,14 @@ for anything that cannot be scored, or not within the budget; Ctrl-C keeps what 
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,12 +32,17 @@ from niblick.data import tokenizer as tokenizers
 from niblick.data.command_line import guarded, parse
 from niblick.data.shards import find_shards
 from niblick.evaluation.clock import Clock, Policy, require_plot
-from niblick.evaluation.ranks import place
-from niblick.evaluation.run import evaluate_model, settings_of
+from niblick.evaluation.ranks import place, store
+from niblick.evaluation.run import METHODS, evaluate_model, settings_of, variant_of
 from niblick.evaluation.score import Score
 from niblick.evaluation.validation import ValidationSet, require_own_tokens
 from niblick.model.config import ConfigError, EvalConfig, Method, Tail, TiltVersion
 from niblick.model.files import write_atomically
+
+ENDED, PATIENCE_S = "evaluate.py/ended", 20.0
+VARIANTS = "; ".join(f"{name}: {', '.join(m.variants)}" for name, m in METHODS.items() if m.variants)
+TAKEN = ("sequence_length", "stride", "tail", "tokens_per_batch")
+"""Of EvalConfig; not every method reads them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,7 @@ class Arguments:
     """plain: consecutive windows; of 65536 tokens, they are the challenge's variable-length evaluation. sliding:
     overlapping ones, which give every target a long context. score-first: sliding, and the model is trained on every
     stretch of text after it was scored. phased: each document adapts weights of its own."""
-    variant: str = ""
-    """Published settings of an adapting method (score-first: pr1413, pr1477, pr1514, pr549, pr461)."""
+    variant: Annotated[str, tyro.conf.arg(help=f"Published settings of an adapting method ({VARIANTS}).")] = ""
     set: tuple[str, ...] = ()
     """Settings laid over the variant's, as learning_rate=0.001."""
     tilt: bool = False
@@ -105,7 +111,9 @@ def main(words: list[str]) -> int:
     require_own_tokens(data.tokens, tokenizer, model.config.bos_id, paths[0])
     with clock.interruptible():
         score = run(model, data, config, arguments, clock)
-    if place()[0] == 0:
+    if not score.n_targets:
+        print(f"evaluate.py: {score.partial}, before anything was scored", file=sys.stderr)
+    elif place()[0] == 0:
         facts = {"weights": arguments.weights, "attention": rung, "device": str(device), "ranks": place()[1]}
         report(summary(artifact, score, config, arguments, clock) | facts, arguments, clock)
     return (130 if clock.interrupted else 2) if score.partial else 0
@@ -124,7 +132,12 @@ def eval_config(arguments: Arguments, artifact: Container) -> EvalConfig:
         tokens_per_batch=arguments.tokens_per_batch,
         budget_s=arguments.budget_s,
     )
-    settings_of(config)
+    settings_of(config, artifact.config)
+    for field in fields(Arguments):
+        unread = field.name in TAKEN and field.name not in METHODS[config.method].reads
+        if unread and getattr(arguments, field.name) != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            raise ConfigError(f"{option}: expected another method, {config.method} has no such setting")
     return config
 
 
@@ -163,7 +176,8 @@ def summary(
     """What the table shows and the JSON holds; the share of the budget is that of the whole process."""
     parts = clock.seconds
     total = sum(parts.values())
-    stride = (f"stride {config.stride}",) if config.method in ("sliding", "score-first") else ()
+    read = METHODS[config.method].reads
+    stride = (f"stride {config.stride}",) if "stride" in read else ()
     return {
         "artifact": artifact.path,
         "illegal": ILLEGAL if artifact.trained_on_validation else "",
@@ -177,11 +191,10 @@ def summary(
         "clock": {name: round(seconds, 3) for name, seconds in parts.items()},
         "share_of_budget": total / config.budget_s,
         "tokens_per_second": score.n_targets / score.seconds,
-        "method": ", ".join([config.method, *filter(None, (config.variant, *config.set)), *stride]),
+        "method": ", ".join([config.method, *filter(None, (variant_of(config), *config.set)), *stride]),
         "notes": list(score.notes),
         "tilt": arguments.tilt_version if arguments.tilt else "none",
-        "sequence_length": config.sequence_length,
-        "tail": arguments.tail,
+        **{name: getattr(config, name) for name in ("sequence_length", "tail") if name in read},
     }
 
 
@@ -208,6 +221,9 @@ def report(result: dict[str, object], arguments: Arguments, clock: Clock) -> Non
         clock.plot(arguments.plot)
 
 
+# ---- several ranks -------------------------------------------------------------------------------------------------
+
+
 def join_ranks() -> int:
     """This process's rank, after it has joined the others that torchrun started, if it did."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -216,25 +232,45 @@ def join_ranks() -> int:
 
 
 def command(words: list[str]) -> int:
-    """The exit status of `main`; bad input is one line, which of several ranks the first one says, and status 2."""
+    """The exit status of `main`; bad input is one line and status 2. What all ranks have to say, the first one says."""
     status = 0
 
     def run_main(words: list[str]) -> None:
         nonlocal status
         status = main(words)
 
-    with contextlib.ExitStack() as stack:
-        if join_ranks():
-            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        return guarded("evaluate.py", run_main, words, ArtifactError, ConfigError) or status
+    rank, own = join_ranks(), io.StringIO()
+    with contextlib.redirect_stderr(own) if rank else contextlib.nullcontext():
+        status = guarded("evaluate.py", run_main, words, ArtifactError, ConfigError) or status
+    if status and dist.is_initialized() and rank == 0:
+        store().set(ENDED, "")
+    elif status and dist.is_initialized() and not first_has_ended():
+        print(f"rank {rank}: {own.getvalue().strip()}", file=sys.stderr)
+    return status
+
+
+def first_has_ended() -> bool:
+    """Whether rank 0 also ends with what it has to say; waits for that, as the launcher ends all with the first one."""
+    try:
+        store().wait([ENDED], timedelta(seconds=PATIENCE_S))
+    except dist.DistNetworkError:  # it is gone, and the store with it
+        return True
+    except RuntimeError:  # the stores word it differently: nothing came in time
+        return False
+    return True
+
+
+def leave(status: int) -> None:
+    """Ends a process that is one of several. With a failure at once: the others may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     status = command(sys.argv[1:])
-    if dist.is_initialized() and status:  # the other ranks may wait for this one, and its teardown for them
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave(status)
     sys.exit(status)

@@ -27,7 +27,15 @@ from rich.table import Table
 from torch import Tensor
 
 from niblick.artifact.bundle import bundle
-from niblick.artifact.container import ILLEGAL, pack, read_artifact, require_room, require_storable, write_artifact
+from niblick.artifact.container import (
+    ILLEGAL,
+    Container,
+    pack,
+    read_artifact,
+    require_room,
+    require_storable,
+    write_artifact,
+)
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
 from niblick.artifact.hessians import calibrate
@@ -46,10 +54,11 @@ from niblick.data.shards import count_tokens, first_tokens
 from niblick.evaluation.clock import Clock, process_age_s
 from niblick.evaluation.prequantization import train_on_validation
 from niblick.evaluation.run import METHODS, evaluate_model, settings_of
+from niblick.evaluation.score import Score
 from niblick.evaluation.validation import ValidationSet
 from niblick.model.attention import attention_version, choose_attention
 from niblick.model.checkpoint import load_checkpoint, remove_half_written
-from niblick.model.config import ArtifactConfig, ConfigError, Preset
+from niblick.model.config import ArtifactConfig, ConfigError, EvalConfig, Preset
 from niblick.model.distributed import contact, require_agreement
 from niblick.model.errors import TrainingStopped
 from niblick.model.files import write_atomically
@@ -173,7 +182,7 @@ def main(words: list[str]) -> None:
     name, preset = parse_preset(words)
     if preset.artifact.container == "lrzip":
         require_lrzip()  # now, not after ten minutes of training
-    settings_of(preset.evaluation)
+    settings_of(preset.evaluation, preset.model)
     here = join(preset)
     with said_once(here.rank):
         code()  # of the files as they are now: they may be edited while it trains
@@ -335,46 +344,15 @@ def finish(
     log: RunLog,
     hessians: dict[str, Tensor] | None,
 ) -> None:
-    """Score -> quantise -> score -> write -> reload -> score -> the tables. The model holds the averaged weights."""
-    preset, model = trainer.preset, trainer.model
+    """Quantise -> write -> score, reload, score -> the tables. The model holds the averaged weights."""
+    preset = trainer.preset
     path, illegal = Path(preset.run.out) / ARTIFACT, preset.evaluation.illegal_train_on_validation
-    if preset.ngram_bias.at_evaluation == "drop":
-        model.ngram_bias = None
-    with stages.stage("quantise"):
-        as_given, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
-    for note in notes:
-        print(note)
-    quantized, settings = as_given, preset.artifact
-    if settings.target_bytes:
-        with stages.stage("fill"):
-            quantized, settings = fill_up(trainer, prepared, hessians)
-    with stages.stage("write"):
-        tables = model.ngram_bias
-        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, len(code()))
-        write_atomically(path.with_name(CODE), lambda file: file.write(code()))
+    versions = make_artifact(trainer, prepared, path, stages, hessians)
     held_out = load_held_out(preset, prepared)
-    config = preset.evaluation
-    adapts = METHODS[config.method].adapts
-    frozen = dataclasses.replace(config, method="plain", variant="", set=()) if adapts else config
-
-    def score(stage: str, scored: GPT) -> float:
-        with stages.stage(f"score {stage}"):
-            return evaluate_model(scored, held_out, frozen).bits_per_byte
-
-    bits = {"before quantisation": score("before quantisation", model)}
-    if settings.target_bytes:
-        set_weights(model, as_given)
-        bits["with the clips given"] = score("with the clips given", model)
-    set_weights(model, quantized)
-    bits["after quantisation"] = score("after quantisation", model)
-    clock = Clock(config.budget_s)
-    with stages.stage("reload"):
-        artifact = read_artifact(path)
-        reloaded, _ = load_model(artifact, here.device, here.dtype, attention=preset.model.attention)
-    with stages.stage("score after reload"):
-        final = evaluate_model(reloaded, held_out, config, clock=clock)
-    bits[f"after reload, {config.method}" if adapts else "after reload"] = final.bits_per_byte
-    evaluation_s = clock.seconds
+    bits = score_weights(trainer.model, versions, held_out, preset.evaluation, stages)
+    artifact, final, evaluation_s = score_artifact(path, preset, here, held_out, stages)
+    method = preset.evaluation.method
+    bits[f"after reload, {method}" if METHODS[method].adapts else "after reload"] = final.bits_per_byte
     with stages.stage("yardsticks"):
         yardsticks = baselines(prepared, held_out)
     ledger = byte_ledger(artifact, len(code()), preset.artifact.cap_bytes, prepared.tokenizer)
@@ -394,12 +372,68 @@ def finish(
     report(bits, yardsticks, ledger, position, stages, path, prepared.val[0].parent, ILLEGAL if illegal else "")
     for note in final.notes:
         print(note)
+    print_shares(preset, position, stages, evaluation_s)
+
+
+def make_artifact(
+    trainer: Trainer, prepared: Prepared, path: Path, stages: Stages, hessians: dict[str, Tensor] | None
+) -> dict[str, Quantized | None]:
+    """Writes artifact and code. The weights to be scored, by what the table calls them; None: as they are."""
+    preset, model = trainer.preset, trainer.model
+    if preset.ngram_bias.at_evaluation == "drop":
+        model.ngram_bias = None
+    with stages.stage("quantise"):
+        quantized, _, notes = quantize(model.state_dict(), preset.artifact, hessians)
+    for note in notes:
+        print(note)
+    versions, settings = {"before quantisation": None}, preset.artifact
+    if settings.target_bytes:
+        versions["with the clips given"] = quantized
+        with stages.stage("fill"):
+            quantized, settings = fill_up(trainer, prepared, hessians)
+    with stages.stage("write"):
+        tables, illegal = model.ngram_bias, preset.evaluation.illegal_train_on_validation
+        write_artifact(path, quantized, preset.model, prepared.tokenizer, settings, illegal, tables, len(code()))
+        write_atomically(path.with_name(CODE), lambda file: file.write(code()))
+    return versions | {"after quantisation": quantized}
+
+
+def score_weights(
+    model: GPT, versions: dict[str, Quantized | None], held_out: ValidationSet, config: EvalConfig, stages: Stages
+) -> dict[str, float]:
+    """Bits per byte of each, in turn; plain where the run's method would adapt them."""
+    adapts = METHODS[config.method].adapts
+    frozen = dataclasses.replace(config, method="plain", variant="", set=()) if adapts else config
+    bits = {}
+    for name, weights in versions.items():
+        if weights is not None:
+            set_weights(model, weights)
+        with stages.stage(f"score {name}"):
+            bits[name] = evaluate_model(model, held_out, frozen).bits_per_byte
+    return bits
+
+
+def score_artifact(
+    path: Path, preset: Preset, here: Launch, held_out: ValidationSet, stages: Stages
+) -> tuple[Container, Score, dict[str, float]]:
+    """The file as evaluate.py would score it, and the seconds of each part of that."""
+    clock = Clock(preset.evaluation.budget_s)
+    with stages.stage("reload"):
+        artifact = read_artifact(path)
+        model, _ = load_model(artifact, here.device, here.dtype, attention=preset.model.attention)
+    with stages.stage("score after reload"):
+        final = evaluate_model(model, held_out, preset.evaluation, clock=clock)
+    return artifact, final, clock.seconds
+
+
+def print_shares(preset: Preset, position: Position, stages: Stages, evaluation_s: dict[str, float]) -> None:
+    """Of the two budgets."""
     beside = ("n-gram tables", "training on validation (ILLEGAL)", "calibration")
     outside = sum(stages.seconds.get(stage, 0.0) for stage in beside)
     tables = "n-gram tables, " if "n-gram tables" in stages.seconds else ""
     print_share(f"{tables}training and calibration", position.elapsed_s + outside, preset.schedule.budget_s)
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation_s.items() if seconds >= 0.05)
-    print_share(f"evaluation ({parts})", sum(evaluation_s.values()), config.budget_s)
+    print_share(f"evaluation ({parts})", sum(evaluation_s.values()), preset.evaluation.budget_s)
 
 
 def print_share(what: str, seconds: float, budget_s: float) -> None:

@@ -17,9 +17,10 @@ from niblick.evaluation.score import Progress, Record, Score, score
 from niblick.evaluation.score_first import SCORE_FIRST, score_first
 from niblick.evaluation.validation import ValidationSet
 from niblick.evaluation.windows import Window, plain_windows, rows_kept, sliding_windows
-from niblick.model.config import ConfigError, EvalConfig, TiltVersion
+from niblick.model.config import ConfigError, EvalConfig, GPTConfig, TiltVersion
 from niblick.model.gpt import GPT
 
+WINDOWS = ("sequence_length", "tail", "tokens_per_batch")
 REHEARSED_DOCUMENT = 600
 RAGGED = 7
 """Tokens beyond whole windows: kernels are compiled apart for counts that are no multiples of 16."""
@@ -30,13 +31,16 @@ class EvaluationMethod(NamedTuple):
     the default first; empty where EvalConfig says everything. rehearsal(config, settings): tokens of a stream whose
     evaluation launches all that the real one will; None: the method sees to that itself. adapts: it trains the model,
     and puts it back. small: settings with which it does all that it ever does within a hundred tokens, for the audit.
-    """
+    reads: what it takes from EvalConfig, the method's own settings apart. check(model's config, settings): ConfigError
+    for a model that it cannot score."""
 
     score: Callable[..., Score]
     rehearsal: Callable[[EvalConfig, object], int] | None
     variants: Mapping[str, object] = MappingProxyType({})
     adapts: bool = False
     small: tuple[str, ...] = ()
+    reads: tuple[str, ...] = WINDOWS
+    check: Callable[[GPTConfig, object], None] = lambda model, settings: None
 
 
 def _score_windows(model: GPT, data: ValidationSet, config: EvalConfig, settings: None, **options: object) -> Score:
@@ -53,6 +57,7 @@ METHODS = {
     "sliding": EvaluationMethod(
         _score_windows,
         lambda config, _: config.sequence_length + config.stride * (config.tokens_per_batch // config.sequence_length),
+        reads=(*WINDOWS, "stride"),
     ),
     "score-first": EvaluationMethod(
         score_first,
@@ -60,8 +65,9 @@ METHODS = {
         SCORE_FIRST,
         adapts=True,
         small=("chunk_rows=32", "learning_rate=0.1"),
+        reads=(*WINDOWS, "stride"),
     ),
-    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True, small=PHASED_SMALL),
+    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True, small=PHASED_SMALL, reads=()),
 }
 """A method is an entry here, and its name one of `model.config.Method`."""
 
@@ -99,11 +105,23 @@ def evaluate_model(
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
 
-def settings_of(config: EvalConfig) -> object:
+def settings_of(config: EvalConfig, model: GPTConfig | None = None) -> object:
     """The method's own settings: the variant named, with config.set laid over it; None for a method that has none.
 
-    ConfigError or DataError for a method, variant or setting that there is not.
+    ConfigError or DataError for a method, variant or setting that there is not, or that cannot score such a model.
     """
+    settings = _settings(config)
+    if model:
+        METHODS[config.method].check(model, settings)
+    return settings
+
+
+def variant_of(config: EvalConfig) -> str:
+    """The name of the settings that are the method's own, before config.set; "" for a method that has none."""
+    return config.variant or next(iter(METHODS[config.method].variants), "")
+
+
+def _settings(config: EvalConfig) -> object:
     if config.method not in METHODS:
         raise ConfigError(f"evaluation.method: expected one of {', '.join(METHODS)}, found {config.method}")
     variants = METHODS[config.method].variants
@@ -112,7 +130,7 @@ def settings_of(config: EvalConfig) -> object:
             found = config.variant or config.set[0]
             raise ConfigError(f"evaluation.method {config.method}: expected no variant or settings, found {found}")
         return None
-    name = config.variant or next(iter(variants))
+    name = variant_of(config)
     if name not in variants:
         raise ConfigError(
             f"evaluation.variant: expected one of {', '.join(variants)} for {config.method}, found {name}"

@@ -232,7 +232,7 @@ def test_score_first_by_name(evaluate, folder, tmp_path, capsys):
     assert evaluate.command(options(folder, *SCORE_FIRST, "--out", str(out), "--plot", str(plot))) == 0
     result = json.loads(out.read_text())
     assert result["targets"] == 44 and result["partial"] == result["illegal"] == ""
-    assert result["method"] == "score-first, chunk_rows=16, learning_rate=0.1, stride 4"
+    assert result["method"] == "score-first, pr1413, chunk_rows=16, learning_rate=0.1, stride 4"
     assert result["notes"] == ["adaptation: 2 of 3 chunks trained on, the last one never is"]
     assert result["clock"]["adapt"] > 0 and abs(sum(result["clock"].values()) - result["seconds"]) < 0.01
     shown = capsys.readouterr().out
@@ -301,6 +301,37 @@ def test_ranks_share_the_work_and_one_of_them_speaks(evaluate, folder, tmp_path)
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0", "alone"))
     assert two["ranks"] == 2 and abs(two["nats_per_token"] - one["nats_per_token"]) < RANK_NATS / 44
     assert [two[name] for name in ("targets", "bytes")] == [one[name] for name in ("targets", "bytes")]
+
+
+def in_a_rank_whose_file_is_missing(rank: int, folder: Path) -> tuple[int, str]:
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    evaluate.PATIENCE_S, said = 0.5, io.StringIO()
+    if rank == 0:
+        return 0, ""
+    with contextlib.redirect_stderr(said):
+        return evaluate.command(["absent.nbk", "--data", str(folder)]), said.getvalue()
+
+
+def test_a_rank_that_fails_alone_says_so_itself(folder):
+    _, (status, said) = run_ranks(in_a_rank_whose_file_is_missing, 2, folder)
+    assert status == 2 and said.startswith("rank 1: evaluate.py: ") and "absent.nbk" in said and said.count("\n") == 1
+
+
+def test_what_a_method_does_not_read_is_refused(evaluate, folder, capsys):
+    for words in (["--tail", "drop"], ["--stride", "8"], ["--sequence-length", "16"], ["--tokens-per-batch", "99"]):
+        assert evaluate.command(options(folder, "--method", "phased", *words)) == 2
+        error = capsys.readouterr().err
+        assert error == f"evaluate.py: {words[0]}: expected another method, phased has no such setting\n"
+    assert evaluate.command(options(folder, "--stride", "8")) == 2  # plain has windows, but no stride
+
+
+def test_an_end_before_the_first_target_is_no_score(evaluate, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "run", lambda *_: score_module.Score(0.0, 0, 0, 1.0, "interrupted"))
+    assert evaluate.command(options(folder, "--out", str(tmp_path / "score.json"))) == 2
+    assert capsys.readouterr().err == "evaluate.py: interrupted, before anything was scored\n"
+    assert not (tmp_path / "score.json").exists()
 
 
 @pytest.mark.parametrize("container", ["niblick", "brotli", "groups_brotli"])

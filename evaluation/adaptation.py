@@ -1,4 +1,4 @@
-"""What every adaptation of a model's parameters to a stream shares: gradients of windows, and the way back.
+"""What every adaptation of a model's parameters to a stream shares: gradients of windows, their rate, and the way back.
 
 A step's loss is the mean over all scored rows of its windows, by the model's own training forward (looped, its learned
 softcaps parameters like all others, no tilt), with attention cut as when the same windows are scored: a model of rows
@@ -6,6 +6,7 @@ sees whole windows, one of documents its documents. Windows are shared out over 
 number of ranks changes nothing but the order of sums.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -76,10 +77,20 @@ def mean_gradients(model: GPT, tokens: np.ndarray, windows: Sequence[Window], to
         part = model(*inputs, looping=True) * (len(packed.rows) / n_rows)
         part.backward()
         loss += part.detach()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank without a window
-    sum_over_ranks([loss, *(p.grad for p in model.parameters())])
+    sum_gradients(model, loss)
     return loss
+
+
+def sum_gradients(model: GPT, loss: Tensor) -> None:
+    """Gradients and loss, in place, over all ranks; a rank that computed none has gradients of zero."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    sum_over_ranks([loss, *(p.grad for p in model.parameters())])
+
+
+def half_cosine(done: float) -> float:
+    """What is left of a learning rate when so much of its way, 0..1, is done: from 1 to 0."""
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def freeze_first_blocks(model: GPT, n: int) -> None:

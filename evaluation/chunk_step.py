@@ -23,8 +23,6 @@ from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.cuda_graph import without_garbage
 from niblick.model.gpt import GPT
 
-TOKENS = 65_536
-"""A forward at most: activations of 131,072 would take twice the memory and no less time a token."""
 LAUNCH_TOKENS = 4096
 """What a step costs besides its tokens, in tokens."""
 OFTEN = 8
@@ -80,7 +78,7 @@ class Fetched:
 class ChunkStep:
     """tokens (N,): the stream. The adapters' gradients are left in `lora.gradients`."""
 
-    def __init__(self, model: GPT, lora: LoRA, n_tokens: int, *, hints: bool = False, graphs: bool = True) -> None:
+    def __init__(self, model: GPT, lora: LoRA, n_tokens: int, *, hints: bool = False) -> None:
         self.model, self.lora = model, lora
         self.device = model.embedding.device
         generator = torch.Generator(self.device).manual_seed(0)
@@ -89,7 +87,7 @@ class ChunkStep:
         self.tokens = torch.randint(model.config.vocab_size, (n_tokens,), generator=generator, **ids)
         self.hints = (torch.full((n_tokens,), -1, **ids), torch.zeros(n_tokens, device=self.device)) if hints else ()
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
-        self._graphs = graphs and self.device.type == "cuda"
+        self._graphs = self.device.type == "cuda"
         self._captured: dict[Shape, Captured] = {}
         self._met: Counter[Shape] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
@@ -156,7 +154,7 @@ class ChunkStep:
 
     def _launch(self, plan: Tensor, shape: Shape) -> Tensor:
         """By documents that fit into a forward together."""
-        n_groups = -(-shape.rows * shape.width // TOKENS)
+        n_groups = -(-shape.rows * shape.width // self.lora.config.tokens_per_forward)
         size = -(-shape.rows // n_groups)
         firsts = range(0, shape.rows, size)
         return torch.cat([self._group(plan[:, first : first + size], shape, shape.rows - first) for first in firsts])

@@ -87,7 +87,7 @@ def chunk_of(documents: Documents, batch: Batch, number: int, width: int, config
     return Chunk(np.where(active, start + left, 0), length, first, scored, (end < targets) & active)
 
 
-def chunks_of(documents: Documents, batch: Batch) -> np.ndarray:
+def chunk_counts(documents: Documents, batch: Batch) -> np.ndarray:
     """How many chunks each of the batch's documents has, (n,)."""
     return -(-documents.targets[batch.documents] // batch.chunk)
 

@@ -5,7 +5,6 @@ out. A step takes a chunk, in rows that begin anew: attention is cut at each BOS
 it. The learning rate falls from chunk to chunk like half a cosine; momentum begins at zero in each phase.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from niblick.data.loaders import document_starts
-from niblick.evaluation.adaptation import clear_gradients, copy_parameters, set_parameters
+from niblick.evaluation.adaptation import clear_gradients, copy_parameters, half_cosine, set_parameters, sum_gradients
 from niblick.evaluation.phased_config import PhasedConfig
-from niblick.evaluation.ranks import place, sum_over_ranks
+from niblick.evaluation.ranks import place
+from niblick.model.config import GPTConfig
 from niblick.model.cuda_graph import GraphedMicroStep
 from niblick.model.gpt import GPT
 
@@ -35,8 +35,7 @@ def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
     optimizer = torch.optim.SGD(model.parameters(), lr=config.sgd_lr, momentum=config.sgd_momentum)
     gradients, losses = _Gradients(model, config), []
     for chunk in range(n_chunks - 1):
-        rate = 0.5 * config.sgd_lr * (1 + math.cos(math.pi * chunk / (n_chunks - 1)))
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = config.sgd_lr * half_cosine(chunk / (n_chunks - 1))
         for _ in range(config.sgd_epochs):
             last = text[chunk * config.sgd_chunk :]
             losses.append(gradients(last))
@@ -76,24 +75,32 @@ class _Gradients:
     def __init__(self, model: GPT, config: PhasedConfig) -> None:
         self.model, self.config, self.device = model, config, model.embedding.device
         n_rows, (rank, n_ranks) = config.sgd_chunk // config.sgd_row, place()
-        self.first, self.end = (n_rows * r // n_ranks * config.sgd_row for r in (rank, rank + 1))
-        self.row_starts = torch.arange(0, self.end - self.first, config.sgd_row, device=self.device)
-        graphs = model.embedding.is_cuda and self.first < self.end
+        first, end = (n_rows * r // n_ranks for r in (rank, rank + 1))
+        most = max(1, config.tokens_per_forward // config.sgd_row)
+        rows = max((n for n in range(1, most + 1) if (end - first) % n == 0), default=1)
+        self.size = rows * config.sgd_row
+        """Tokens a forward, in each the same."""
+        self.firsts = range(first * config.sgd_row, end * config.sgd_row, self.size)
+        self.row_starts = torch.arange(0, self.size, config.sgd_row, device=self.device)
+        graphs = model.embedding.is_cuda and self.firsts
         self.graphed = GraphedMicroStep(self._share, list(model.parameters())) if graphs else None
         self.launched = 0
 
     def __call__(self, text: np.ndarray) -> Tensor:
         """text: the stream from the chunk on. Its loss, float32."""
-        loss = torch.zeros((), device=self.device)
-        if self.first < self.end:
-            loss += self._own(text[self.first : self.end + 1])
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank without rows
-        sum_over_ranks([loss, *(p.grad for p in self.model.parameters())])
+        loss, several = torch.zeros((), device=self.device), len(self.firsts) > 1
+        total = [torch.zeros_like(p) for p in self.model.parameters()] if several else []
+        for first in self.firsts:
+            loss += self._own(text[first : first + self.size + 1])
+            if several:  # a graph fills the same tensors again
+                _take_gradients(self.model, total)
+        for p, gradient in zip(self.model.parameters(), total, strict=several):
+            p.grad = gradient
+        sum_gradients(self.model, loss)
         return loss
 
     def _own(self, text: np.ndarray) -> Tensor:
-        ids, targets, cu_seqlens = _packed(text, self.model.config.bos_id, self.config)
+        ids, targets, cu_seqlens = _packed(text, self.model.config, self.config)
         if self.graphed and self.graphed.fits(cu_seqlens, looping=True):
             return self.graphed.replay(ids, targets, cu_seqlens, looping=True)
         inputs = [x.to(self.device) for x in (ids, targets, cu_seqlens)]
@@ -111,11 +118,19 @@ class _Gradients:
         return self.model(ids, targets, cu_seqlens, looping, self.row_starts) * (len(ids) / self.config.sgd_chunk)
 
 
-def _packed(text: np.ndarray, bos_id: int, config: PhasedConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _take_gradients(model: GPT, total: list[Tensor]) -> None:
+    """Adds them to `total`, and clears them."""
+    for p, gradient in zip(model.parameters(), total, strict=True):
+        if p.grad is not None:
+            gradient += p.grad
+    clear_gradients(model)
+
+
+def _packed(text: np.ndarray, model: GPTConfig, config: PhasedConfig) -> tuple[Tensor, Tensor, Tensor]:
     """ids and targets int64, and cu_seqlens int32, of whole rows."""
     ids, targets = text[:-1].astype(np.int64), text[1:].astype(np.int64)
     segments = [
-        first + document_starts(ids[first : first + config.sgd_row], bos_id, config.sgd_segment).numpy()[:-1]
+        first + document_starts(ids[first : first + config.sgd_row], model.bos_id, config.segment(model)).numpy()[:-1]
         for first in range(0, len(ids), config.sgd_row)
     ]
     cu_seqlens = np.concatenate([*segments, [len(ids)]]).astype(np.int32)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from niblick.evaluation.phased_config import PhasedConfig, Target
-from niblick.model.config import ConfigError
 from niblick.model.gpt import GPT
 
 
@@ -98,8 +97,6 @@ class LoRA:
     """
 
     def __init__(self, model: GPT, config: PhasedConfig) -> None:
-        if model.packed:
-            raise ConfigError("test-time training expected dense weights, found packed six-bit matrices")
         c, self.model, self.config = model.config, model, config
         slots = len(model.orders[True])
         self.layout = Layout(config, slots, c.model_dim, c.kv_dim, c.vocab_size)

@@ -29,12 +29,12 @@ from niblick.evaluation.adaptation import parameters_kept, require_dense
 from niblick.evaluation.chunk_step import OFTEN, ChunkStep, Shape
 from niblick.evaluation.claims import Claims
 from niblick.evaluation.clock import Clock
-from niblick.evaluation.documents import Batch, Documents, chunks_of, queue_of
+from niblick.evaluation.documents import Batch, Documents, chunk_counts, queue_of
 from niblick.evaluation.global_sgd import sgd_phase
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased_batch import BatchScorer, BatchScores, shape_of
-from niblick.evaluation.phased_config import PHASED, PhasedConfig
+from niblick.evaluation.phased_config import PHASED, PhasedConfig, check
 from niblick.evaluation.ranks import sum_over_ranks
 from niblick.evaluation.score import Progress, Record, Score, check_tilt
 from niblick.evaluation.validation import ValidationSet
@@ -82,9 +82,7 @@ def phased_score(
 
 def _check(model: GPT, data: ValidationSet, config: PhasedConfig, hints: Hints | None) -> None:
     require_dense(model, "phased")
-    if config.phases and config.sgd_segment > model.config.max_segment:
-        longest = model.config.max_segment
-        raise ConfigError(f"phased.sgd_segment must be at most the model's {longest}: got {config.sgd_segment}")
+    check(model.config, config)
     if len(data.tokens) < 2 or data.tokens[0] != model.config.bos_id:
         raise ConfigError(
             f"phased: expected a stream of at least 2 tokens that begins with a document (id {model.config.bos_id}),"
@@ -92,7 +90,7 @@ def _check(model: GPT, data: ValidationSet, config: PhasedConfig, hints: Hints |
         )
     if hints is not None:
         check_tilt(model.config)
-    if getattr(model, "ngram_bias", None) is not None:
+    if model.ngram_bias is not None:
         raise ConfigError("phased: expected a model without n-gram tables, which its adapters' logits would lack")
 
 
@@ -134,7 +132,7 @@ class _Run:
     # ---- before ---------------------------------------------------------------------------------------------------
 
     def _shapes(self, batch: Batch) -> list[Shape]:
-        m = chunks_of(self.documents, batch)
+        m = chunk_counts(self.documents, batch)
         return [shape_of(batch, number, m, self.config) for number in range(int(m.max()))]
 
     def _prepare(self) -> None:

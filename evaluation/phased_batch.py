@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from niblick.evaluation.chunk_step import ChunkStep, Fetched, Shape
-from niblick.evaluation.documents import Batch, Chunk, Documents, chunk_of, chunks_of, rows_for, width_for
+from niblick.evaluation.documents import Batch, Chunk, Documents, chunk_counts, chunk_of, rows_for, width_for
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased_config import PhasedConfig
 
@@ -77,7 +77,7 @@ class BatchScorer:
 
     def score(self, batch: Batch, stop: Callable[[], object]) -> BatchScores:
         """`stop` is asked between chunks whether to end here."""
-        m = chunks_of(self.documents, batch)
+        m = chunk_counts(self.documents, batch)
         self._batch, self._m, self._means, self._level = batch, m, [], 0.0
         self._losses: list[list[np.ndarray]] = [[] for _ in m]
         self._begin(batch)

@@ -4,11 +4,23 @@ Parameter Golf challenge)."""
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from niblick.model.config import ConfigError
+from niblick.model.config import ConfigError, GPTConfig
 
 Order = Literal["longest-first", "corpus"]
 Target = Literal["q", "k", "v", "o", "mlp", "head"]
 ALL_TARGETS: tuple[Target, ...] = get_args(Target)
+MOST = 1e6
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("documents", "chunk", "rank", "sgd_epochs", "sgd_chunk", "sgd_row", "patience"), (1, MOST)),
+    **dict.fromkeys(("window", "tokens_per_forward"), (1, 1e9)),
+    **dict.fromkeys(("seed", "prefix"), (0, 1e9)),
+    **dict.fromkeys(("alpha", "weight_decay", "sgd_segment"), (0, MOST)),
+    **dict.fromkeys(("beta2", "sgd_momentum"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("eps", "sgd_clip"), (1e-30, 1e30)),
+    **dict.fromkeys(("lr", "sgd_lr", "diverged", "suspicious"), (0, 1e30)),
+    "phases": (0, 1000),
+}
+"""What the numbers among the settings may be."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,12 @@ class PhasedConfig:
     """Tokens a step, over all ranks."""
     sgd_row: int = 4096
     """Tokens that follow one another in the stream of a step."""
-    sgd_segment: int = 2048
+    sgd_segment: int = 0
+    """Tokens that see one another in a step; 0: the model's longest segment, as in its training."""
+
+    tokens_per_forward: int = 65_536
+    """At most, where several documents are scored together: less takes less memory. Activations of 131,072 would take
+    twice the memory and no less time a token."""
 
     # Against divergence, which the published scripts do not look for.
     diverged: float = 0.5
@@ -75,13 +92,14 @@ class PhasedConfig:
         unknown = set(self.targets) - set(ALL_TARGETS)
         if unknown or not self.targets:
             raise ConfigError(f"phased.targets must be some of {ALL_TARGETS}: got {self.targets}")
-        sizes = ("documents", "chunk", "rank", "sgd_epochs", "sgd_chunk", "sgd_row", "sgd_segment", "patience")
-        wrong = [name for name in sizes if not 1 <= getattr(self, name) <= 1e6]
-        if wrong:
-            raise ConfigError(f"phased.{wrong[0]} must be in 1..1e+06: got {getattr(self, wrong[0])}")
+        for name, (low, high) in RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:  # nor is any number that is none
+                raise ConfigError(f"phased.{name} must be in {low:g}..{high:g}: got {value}")
+        if not all(limit >= 1 and 1 <= chunk <= MOST for limit, chunk in self.short_chunks):
+            raise ConfigError(f"phased.short_chunks must be pairs of at least 1: got {self.short_chunks}")
         if self.window < max(self.chunk, *(chunk for _, chunk in self.short_chunks), 1):
             raise ConfigError(f"phased.window must hold a chunk: got {self.window} and {self.chunk}")
-        if not (0 <= self.phases <= 1000 and self.prefix >= self.phases):
+        if self.prefix < self.phases:
             raise ConfigError(f"phased.prefix must hold as many documents as phases: got {self.prefix}, {self.phases}")
         if self.sgd_chunk % self.sgd_row:
             raise ConfigError(f"phased.sgd_chunk must be a multiple of sgd_row: got {self.sgd_chunk}, {self.sgd_row}")
@@ -95,11 +113,22 @@ class PhasedConfig:
         """Documents after which a phase of steps on all weights comes."""
         return [self.prefix * j // self.phases for j in range(1, self.phases + 1)]
 
+    def segment(self, model: GPTConfig) -> int:
+        """Tokens that see one another in a step on all weights."""
+        return self.sgd_segment or model.max_segment
+
     def chunk_for(self, longest: int) -> int:
         """Of a batch whose longest document has so many tokens, the BOS that ends it included."""
         if self.order == "corpus":
             return self.chunk
         return next((chunk for limit, chunk in sorted(self.short_chunks) if longest <= limit), self.chunk)
+
+
+def check(model: GPTConfig, settings: PhasedConfig) -> None:
+    """ConfigError where such a model cannot be trained with these settings."""
+    if settings.phases and settings.sgd_segment > model.max_segment:
+        found = f"got {settings.sgd_segment}"
+        raise ConfigError(f"phased.sgd_segment must be at most the model's {model.max_segment}, or 0 for that: {found}")
 
 
 PR1530 = PhasedConfig(chunk=32, phases=0)

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from niblick.evaluation.adaptation import clear_gradients, clip_gradients, freeze_first_blocks, mean_gradients
+from niblick.evaluation.adaptation import (
+    clear_gradients,
+    clip_gradients,
+    freeze_first_blocks,
+    half_cosine,
+    mean_gradients,
+)
 from niblick.evaluation.score import require_targets
 from niblick.evaluation.windows import plain_windows, rows_kept
 from niblick.model.config import EvalConfig
@@ -73,4 +79,4 @@ def train_on_validation(
 
 
 def _factor(epoch: int, settings: PrequantizationConfig) -> float:
-    return settings.last_rate + (1 - settings.last_rate) / 2 * (1 + math.cos(math.pi * epoch / settings.epochs))
+    return settings.last_rate + (1 - settings.last_rate) * half_cosine(epoch / settings.epochs)

@@ -30,6 +30,7 @@ from niblick.evaluation.adaptation import (
     clip_gradients,
     copy_parameters,
     freeze_first_blocks,
+    half_cosine,
     mean_gradients,
     parameters_kept,
     require_dense,
@@ -212,7 +213,7 @@ class _Adaptation:
         windows = training_windows(chunk, settings.chunk_rows, self.config.sequence_length)
         if not windows:
             return ""
-        rate = settings.learning_rate / 2 * (1 + math.cos(math.pi * chunk / (self.n_chunks - 1)))
+        rate = settings.learning_rate * half_cosine(chunk / (self.n_chunks - 1))
         self.optimizer.param_groups[0]["lr"] = rate
         targets = np.arange(windows[0].start + 1, windows[-1].end + 1)
         self.model.train()

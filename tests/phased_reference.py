@@ -153,7 +153,7 @@ class BruteForce:
 
     def _sgd(self, text: np.ndarray, rate: float, momentum) -> None:
         config, params = self.config, {name: p.clone().requires_grad_() for name, p in self.params.items()}
-        shape, losses = replace(self.shape, max_segment=config.sgd_segment), []
+        shape, losses = replace(self.shape, max_segment=config.sgd_segment or self.shape.max_segment), []
         for first in range(0, config.sgd_chunk, config.sgd_row):
             row = torch.from_numpy(text[first : first + config.sgd_row + 1].astype(np.int64))
             losses.append(ref.reference_losses(params, shape, row[:-1], row[1:], looping=True, training=True))

@@ -1,6 +1,6 @@
 """Phased test-time training against its definitions, its order of scores and steps, its ranks, and its ways to fail."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ from niblick.evaluation.audit_case import make_stream
 from niblick.evaluation.audit_own import tiny_model
 from niblick.evaluation.audit_phased import PhasedScorer
 from niblick.evaluation.clock import Clock
-from niblick.evaluation.documents import Documents, chunk_of, chunks_of, queue_of, rows_for, width_for
+from niblick.evaluation.documents import Documents, chunk_counts, chunk_of, queue_of, rows_for, width_for
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased import PHASED, PhasedConfig, phased_score
+from niblick.evaluation.phased_config import RANGES
+from niblick.evaluation.phased_config import check as check_settings
 from niblick.evaluation.validation import ValidationSet
 from niblick.kernels.ngram_tilt import ngram_tilt_ref
 from niblick.model.config import ConfigError
@@ -115,7 +117,7 @@ def test_every_target_belongs_to_one_chunk_of_the_width() -> None:
         tokens = stream()
         documents, seen = Documents.of(tokens, 1), np.zeros(len(tokens), int)
         for batch in queue_of(documents, config):
-            m = chunks_of(documents, batch)
+            m = chunk_counts(documents, batch)
             for number in range(m.max()):
                 width = width_for(number, batch.chunk, config.window)
                 start, length, first, scored, _ = chunk_of(documents, batch, number, width, config)
@@ -184,17 +186,21 @@ def test_hints_tilt_the_score_and_not_the_step(monkeypatch) -> None:
 # ---- divergence ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr", [30.0, 1e200], ids=["large", "not finite"])
-def test_a_batch_that_diverges_goes_on_without_adapters(lr: float) -> None:
-    tiny, config = model(), small("pr1855", phases=0, lr=lr, weight_decay=0.0, suspicious=1.0, patience=1)
-    found, still = scores(tiny, config), scores(tiny, replace(config, lr=0.0))
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_batch_that_diverges_goes_on_without_adapters(finite: bool, monkeypatch) -> None:
+    tiny, config = model(), small("pr1855", phases=0, lr=30.0, weight_decay=0.0, suspicious=1.0, patience=1)
+    still = scores(tiny, replace(config, lr=0.0))
+    if not finite:
+        monkeypatch.setattr(LoRA, "step", lambda lora, rows: [x.fill_(np.nan) for x in (lora.master, lora.weights)])
+    found = scores(tiny, config)
     assert np.isfinite(found[1:]).all()
     total = phased_score(tiny, ValidationSet(stream(), np.ones(len(stream()), np.int16)), config)
     assert len(total.notes) == 1 and "batches of documents diverged" in total.notes[0], total.notes
     ends = Documents.of(stream(), 1)
     last = ends.starts + ends.targets
     long = ends.targets > 3 * config.chunk
-    assert np.abs(found - still)[last[long]].max() < SCORE_NATS and np.abs(found - still)[1:].max() > 0.1
+    assert np.abs(found - still)[last[long]].max() < SCORE_NATS
+    assert (np.abs(found - still)[1:].max() > 0.1) == finite and ("nan nats" in total.notes[0]) != finite
 
 
 def test_growing_losses_are_no_divergence() -> None:
@@ -216,11 +222,49 @@ def test_refuses() -> None:
     tokens = stream()
     with pytest.raises(ConfigError, match="begins with a document"):
         phased_score(model(), ValidationSet(tokens[1:], np.ones(len(tokens) - 1, np.int16)), small("pr1855"))
-    with pytest.raises(ConfigError, match="sgd_segment"):
+    with pytest.raises(ConfigError, match=f"sgd_segment must be at most the model's {model().config.max_segment}"):
         phased_score(model(), ValidationSet(tokens, np.ones(len(tokens), np.int16)), small("pr1855", sgd_segment=17))
-    for wrong in ({"targets": ()}, {"order": "shortest"}, {"window": 7}, {"prefix": 2}, {"sgd_row": 5}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            replace(PHASED["pr1855"], **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"targets": ()}, {"order": "shortest"}, {"window": 7}, {"prefix": 2}, {"sgd_chunk": 5}, {"sgd_momentum": -1.0},
+        {"sgd_lr": -1.0}, {"lr": float("nan")}, {"beta2": 1.0}, {"beta2": 2.0}, {"sgd_clip": 0.0}, {"alpha": -3.0},
+        {"short_chunks": ((256, 0),)}, {"short_chunks": ((0, 8),)}, {"eps": 0.0}, {"weight_decay": float("inf")},
+        {"tokens_per_forward": 0}, {"phases": -1}, {"seed": -1}, {"diverged": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=rf"phased\.{next(iter(wrong))} must [^\n]*$"):
+        replace(PHASED["pr1855"], **wrong)
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {field.name for field in fields(PhasedConfig) if field.type in (int, float)}
+    assert numbers == set(RANGES)
+
+
+@pytest.mark.parametrize("name", PHASED)
+def test_published_settings_suit_a_model_of_short_segments(name: str) -> None:
+    """Of segments without a length of their own, which are then as long as the model's."""
+    shape = model().config
+    check_settings(shape, PHASED[name])
+    assert PHASED[name].segment(shape) == shape.max_segment and small("pr1855").segment(shape) == 3
+
+
+def test_fewer_tokens_a_forward_change_no_score() -> None:
+    """Several documents a forward, and one; and steps on all weights in one forward, and one for each row."""
+    config, forwards = VARIANTS["pr1855"], []
+    tiny = model()
+    whole, hidden = scores(tiny, config), tiny.hidden
+    for most in (14, 4):
+        tiny.hidden = lambda ids, *words, **options: forwards.append(len(ids)) or hidden(ids, *words, **options)
+        found = scores(tiny, replace(config, tokens_per_forward=most))
+        assert np.abs(found - whole)[1:].max() < SCORE_NATS
+        assert max(forwards) <= max(most, config.window)
+        forwards.clear()
 
 
 def test_a_stop_keeps_what_is_scored() -> None:

@@ -12,7 +12,7 @@ from niblick.data.command_line import nearest, parse
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.hints import Hints, token_hints
 from niblick.evaluation.phased import phased_score
-from niblick.evaluation.phased_config import PHASED, PHASED_SMALL, PhasedConfig
+from niblick.evaluation.phased_config import PHASED, PHASED_SMALL, PhasedConfig, check
 from niblick.evaluation.score import Progress, Record, Score, score
 from niblick.evaluation.score_first import SCORE_FIRST, score_first
 from niblick.evaluation.validation import ValidationSet
@@ -67,7 +67,7 @@ METHODS = {
         small=("chunk_rows=32", "learning_rate=0.1"),
         reads=(*WINDOWS, "stride"),
     ),
-    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True, small=PHASED_SMALL, reads=()),
+    "phased": EvaluationMethod(_phased, None, PHASED, adapts=True, small=PHASED_SMALL, reads=(), check=check),
 }
 """A method is an entry here, and its name one of `model.config.Method`."""
 

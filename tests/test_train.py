@@ -142,6 +142,12 @@ def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> Non
         assert status == 2 and err.count("\n") == 1 and reason in err, err
 
 
+def test_a_method_that_cannot_score_the_model_is_refused_before_training(train, tmp_path: Path) -> None:
+    status, _, err = train("--evaluation.method", "phased", "--evaluation.set", "sgd_segment=4096")
+    assert status == 2 and err.count("\n") == 1 and "sgd_segment must be at most the model's 64" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_target_is_filled_or_refused(train, tmp_path: Path) -> None:
     steps = ["--schedule.max-steps", "1"]
     status, _, err = train(*steps, "--artifact.target-bytes", "1")

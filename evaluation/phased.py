@@ -115,6 +115,7 @@ class _Run:
         """What all ranks have scored together; the seconds are left open."""
         self._prepare()
         self.clock.foresee(0.0)
+        self._stop()
         self._work_through()
         sums = torch.from_numpy(self.sums).to(self.model.embedding.device)
         sum_over_ranks([sums])
@@ -156,13 +157,14 @@ class _Run:
         """Batches as they are claimed. A batch waits for every phase whose documents were all claimed before it: so it
         does not depend on the race between ranks which weights score it, nor which documents a phase learns from.
 
-        A rank that stops claims no more, but takes part in all phases, where the others learn of it.
+        A rank that stops claims no more, but takes part in the next phase, where the others learn of it; then there is
+        none for any rank, as all must do the same.
         """
         due = [b for b in self.config.boundaries if b <= self.before[len(self.queue) - 1]]
         while True:
             place = len(self.queue) if self.stopped else self.claims.next()
             while due and (place >= len(self.queue) or due[0] <= self.before[place]):
-                self._phase(due.pop(0))
+                due = due[1:] if self._phase(due[0]) else []
             if place >= len(self.queue) or self.stopped:
                 return
             with self.clock.part("score"):
@@ -172,14 +174,14 @@ class _Run:
         self.stopped = self.stopped or self.clock.stop()
         return self.stopped
 
-    def _phase(self, boundary: int) -> None:
+    def _phase(self, boundary: int) -> bool:
         """Steps on all weights with the first `boundary` of the scored documents, by batch index, then place in it: in
-        the published order these are the shortest of those scored so far."""
+        the published order these are the shortest of those scored so far. False, and none, if any rank has stopped."""
         stops = torch.tensor(float(bool(self.stopped)), device=self.model.embedding.device)
         sum_over_ranks([stops])  # and wait until the last of their scores is final
         if stops:
             self.stopped = self.stopped or "another rank stopped"
-            return
+            return False
         with self.clock.part("adapt"):
             claimed = self.queue[: int(np.searchsorted(self.before, boundary))]
             by_index = sorted(claimed, key=lambda batch: batch.index)
@@ -191,6 +193,7 @@ class _Run:
             else:
                 self.updated(np.concatenate([place[1:] for place in places]))
             self.scorer.renew()
+        return True
 
     def _report(self, scores: BatchScores, place: int) -> None:
         batch = scores.batch

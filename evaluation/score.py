@@ -43,7 +43,8 @@ LOGITS_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Score:
-    """nll in nats, summed over n_targets targets that stand for n_bytes bytes of text; seconds of wall clock."""
+    """nll in nats, summed over n_targets targets that stand for n_bytes bytes of text; seconds of wall clock. Of no
+    target, as where scoring ended before the first one, what is per byte or token is not a number."""
 
     nll: float
     n_targets: int
@@ -56,11 +57,11 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return bits_per_byte(self.nll, self.n_bytes)
+        return bits_per_byte(self.nll, self.n_bytes) if self.n_targets else math.nan
 
     @property
     def nats_per_token(self) -> float:
-        return self.nll / self.n_targets
+        return self.nll / self.n_targets if self.n_targets else math.nan
 
     def plus(self, more: "Score") -> "Score":
         """The score of the targets of both, `more` being of later ones."""

@@ -13,6 +13,7 @@ from niblick.evaluation import audit, phased_batch
 from niblick.evaluation.audit_case import make_stream
 from niblick.evaluation.audit_own import tiny_model
 from niblick.evaluation.audit_phased import PhasedScorer
+from niblick.evaluation.claims import Claims
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.documents import Documents, chunk_counts, chunk_of, queue_of, rows_for, width_for
 from niblick.evaluation.hints import Hints
@@ -267,20 +268,36 @@ def test_fewer_tokens_a_forward_change_no_score() -> None:
         forwards.clear()
 
 
+class Stops(Clock):
+    """Says so after it was asked so many times."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.times = times
+
+    def stop(self) -> str:
+        self.times -= 1
+        return "enough" if self.times < 0 else ""
+
+
 def test_a_stop_keeps_what_is_scored() -> None:
-    class Stops(Clock):
-        asked = 0
-
-        def stop(self) -> str:
-            self.asked += 1
-            return "enough" if self.asked > 4 else ""
-
     kept = []
     data = ValidationSet(stream(), np.ones(len(stream()), np.int16))
-    result = phased_score(model(), data, VARIANTS["pr1855"], clock=Stops(), record=lambda t, x: kept.append((t, x)))
+    result = phased_score(model(), data, VARIANTS["pr1855"], clock=Stops(5), record=lambda t, x: kept.append((t, x)))
     assert result.partial == "enough" and 0 < result.n_targets == sum(len(t) for t, _ in kept) < len(stream()) - 1
     whole = scores(model(), VARIANTS["pr1855"])
     assert all(np.abs(x - whole[t]).max() < SCORE_NATS for t, x in kept)
+
+
+def test_a_stop_before_the_first_chunk() -> None:
+    """While kernels compile, say. No batch is begun."""
+    told = []
+    data = ValidationSet(stream(), np.ones(len(stream()), np.int16))
+    result = phased_score(
+        model(), data, VARIANTS["pr1855"], clock=Stops(0), progress=lambda *counts: told.append(counts)
+    )
+    assert (result.partial, result.n_targets, result.n_bytes, told) == ("enough", 0, 0, [])
+    assert np.isnan([result.bits_per_byte, result.nats_per_token]).all()
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -304,6 +321,28 @@ def test_ranks_agree() -> None:
         assert len(first[1]) + len(second[1]) == len(together) == len(stream()) - 1
         assert all(abs(alone[t] - x) < SCORE_NATS for t, x in together.items())
         assert first[0].nll == second[0].nll and first[0].n_bytes == sum(range(len(stream())))
+
+
+def _stopped_in_the_first_batch(rank: int, config: PhasedConfig):
+    """By whichever rank has it."""
+    clock, claim = Stops(np.inf), Claims.next
+
+    def claimed(claims: Claims) -> int:
+        if (place := claim(claims)) == 0:
+            clock.times = 1
+        return place
+
+    Claims.next = claimed  # in this process, which ends with the test
+    return phased_score(model(), ValidationSet(stream(), np.ones(len(stream()), np.int16)), config, clock=clock)
+
+
+def test_a_stop_between_phases_is_one_of_all_ranks() -> None:
+    """One stops by itself, the other learns of it while it waits for the first phase; both then add up their scores."""
+    config = small("pr1855", documents=2, prefix=6)
+    assert config.boundaries == [2, 4, 6]
+    found = run_ranks(_stopped_in_the_first_batch, 2, config)
+    assert {score.partial for score in found} == {"enough", "another rank stopped"}
+    assert found[0].n_targets == found[1].n_targets == 2 * config.chunk and found[0].nll == found[1].nll
 
 
 # ---- audit -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ class GraphedMicroStep:
         self._forward, self._parameters = forward, parameters
         self._captured: dict[bool, Captured] = {}
         self._inputs: list[Tensor] = []
-        self._pool = torch.cuda.graph_pool_handle()
 
     @property
     def captured(self) -> bool:
@@ -48,14 +47,14 @@ class GraphedMicroStep:
         return looping in self._captured and len(cu_seqlens) <= len(self._inputs[2])
 
     def capture(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool) -> None:
-        """Records the mode on this batch (on the device). Nothing is computed yet.
+        """Records the mode on this batch (on the device). Nothing is computed yet. Where the batch has more segments
+        than there is room for, room is made, and the modes recorded before are forgotten.
 
         No other thread may launch anything meanwhile, and nobody may hold a loss of an earlier step with its graph: its
         nodes for the parameters belong to the stream of that step, and would draw it into the capture.
         """
-        if not self._inputs:
-            segments = -(-int(ROOM * (len(cu_seqlens) - 1)) // STEP) * STEP
-            self._inputs = [ids.clone(), targets.clone(), cu_seqlens.new_empty(segments + 1)]
+        if not self._inputs or len(cu_seqlens) > len(self._inputs[2]):
+            self._make_room(ids, targets, cu_seqlens)
         self._fill(ids, targets, cu_seqlens)
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's thread may pin memory meanwhile, which is an error for every other mode.
@@ -64,6 +63,12 @@ class GraphedMicroStep:
             # Not backward(), which would put gradients that the caller owns into .grad.
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._captured[looping] = Captured(graph, loss.detach(), gradients)
+
+    def _make_room(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
+        self._captured.clear()  # they read the inputs that there were
+        self._pool = torch.cuda.graph_pool_handle()  # one without a graph cannot be used again
+        segments = -(-int(ROOM * (len(cu_seqlens) - 1)) // STEP) * STEP
+        self._inputs = [ids.clone(), targets.clone(), cu_seqlens.new_empty(segments + 1)]
 
     def replay(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor, looping: bool) -> Tensor:
         """The loss, a copy; the gradients are left in `.grad`. The inputs may lie on the CPU."""

@@ -1,5 +1,6 @@
 """Forward and backward as a CUDA graph against the same without; and that accumulation copies what a graph reuses."""
 
+import contextlib
 from dataclasses import replace
 from itertools import cycle
 
@@ -8,6 +9,7 @@ import torch
 
 from niblick.data.loaders import Batch
 from niblick.model.attention import choose_attention
+from niblick.model.cuda_graph import GraphedMicroStep
 from niblick.model.gpt import GPT
 from niblick.model.presets import PRESETS
 from niblick.model.training import Trainer
@@ -111,6 +113,48 @@ def test_graphs_make_room_for_a_micro_step_that_none_of_them_fits(monkeypatch) -
 
 def test_a_cpu_has_no_graphs() -> None:
     assert make_trainer(CPU, torch.float32).graphed is None
+
+
+def with_segments(batch: Batch, n: int) -> Batch:
+    """The same, and empty segments at its end."""
+    whole = batch.cu_seqlens[-1]
+    return replace(batch, cu_seqlens=torch.cat([batch.cu_seqlens, whole.expand(n + 1 - len(batch.cu_seqlens))]))
+
+
+def captures(step: GraphedMicroStep, batch: Batch, looping: bool, device: torch.device = CPU) -> None:
+    step.capture(*(x.to(device) for x in (batch.ids, batch.targets, batch.cu_seqlens)), looping)
+
+
+def test_a_capture_makes_room_for_more_segments(monkeypatch) -> None:
+    """A graph of before would read the inputs of before."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    trainer, few = make_trainer(CPU, torch.float64), batches()[0]
+    step, many = GraphedMicroStep(trainer.forward, trainer.parameters), with_segments(few, 70)
+    captures(step, few, False)
+    captures(step, few, True)
+    assert step.fits(few.cu_seqlens, False) and step.fits(few.cu_seqlens, True)
+    assert not step.fits(many.cu_seqlens, True)
+    captures(step, many, True)
+    assert step.fits(many.cu_seqlens, True) and step.fits(few.cu_seqlens, True)
+    assert not step.fits(few.cu_seqlens, False)
+
+
+@pytest.mark.gpu
+def test_a_later_capture_gives_the_same_bits() -> None:
+    device, few = torch.device("cuda"), batches()[0]
+    trainer, many = make_trainer(device, torch.bfloat16), with_segments(few, 70)
+    graph, trainer.graphed = trainer.graphed, None
+    gradients(trainer, [many], True)
+    loss, plain = gradients(trainer, [many], True)
+    for batch in (few, many):
+        captures(graph, batch, True, device)
+    trainer.graphed = graph
+    for batch in (many, few):
+        again, replayed = gradients(trainer, [batch], True)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
 
 
 @pytest.mark.gpu

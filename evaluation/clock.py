@@ -89,23 +89,24 @@ class Clock:
     # ---- the budget ------------------------------------------------------------------------------------------------
 
     def foresee(self, share: float) -> None:
-        """To be called as the work goes on, with the share of it (0..1) that is done.
+        """To be called as the work goes on, with the share of its way (0..1) that is behind.
 
         The first call is where measuring begins, as what is before it may be slower. As soon as the rate is known, and
         only then: OverBudget if the rest does not fit. Of several ranks the first one judges.
         """
         if self._foreseen or self.policy == "run" or place()[0]:
             return
-        _finish_launched()
         if self.elapsed_s > self.budget_s:
             self._refuse(f"{self.elapsed_s:.1f} s have passed with {share:.1%} of the work done")
         if self._first is None:
+            _finish_launched()
             self._first = perf_counter(), share
             return
-        seconds, done = perf_counter() - self._first[0], share - self._first[1]
-        if done <= 0 or (seconds < LOOK_S and share < LOOK_SHARE):
+        done = share - self._first[1]
+        if done <= 0 or (perf_counter() - self._first[0] < LOOK_S and share < LOOK_SHARE):
             return
-        self._foreseen = True
+        _finish_launched()  # only now: to wait for the GPU at each call would slow down what is measured
+        self._foreseen, seconds = True, perf_counter() - self._first[0]
         needed = self.elapsed_s + (1 - share) * seconds / done
         if needed > self.budget_s:
             rate = f"{done:.1%} of the work in {seconds:.1f} s, after {self.elapsed_s - seconds:.1f} s"

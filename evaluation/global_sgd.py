@@ -13,12 +13,15 @@ from torch import Tensor
 
 from niblick.data.loaders import document_starts
 from niblick.evaluation.adaptation import clear_gradients, copy_parameters, half_cosine, set_parameters, sum_gradients
+from niblick.evaluation.chunk_step import LAUNCH_TOKENS
 from niblick.evaluation.phased_config import PhasedConfig
 from niblick.evaluation.ranks import place
 from niblick.model.config import GPTConfig
 from niblick.model.cuda_graph import GraphedMicroStep
 from niblick.model.gpt import GPT
 
+COST = 3
+"""What a token costs here, in tokens of a chunk's step (`Shape.cost`): 3.4 and 1.1 µs, H200, 2026-11-20."""
 LAUNCHED = 2
 """Steps that are launched kernel by kernel, so that everything is compiled, before one is captured."""
 
@@ -47,6 +50,14 @@ def sgd_phase(model: GPT, text: np.ndarray, config: PhasedConfig) -> str:
     if failed:
         set_parameters(model, before)
     return failed
+
+
+def sgd_cost(n_tokens: int, config: PhasedConfig, n_ranks: int) -> int:
+    """Of a phase of so many tokens, for a rank, in tokens of a chunk's step; with the look for failure at its end."""
+    n_chunks = -(-(n_tokens - 1) // config.sgd_chunk)
+    steps = (n_chunks - 1) * config.sgd_epochs + 1 if n_chunks > 1 else 0
+    rows = -(-config.sgd_chunk // config.sgd_row // n_ranks)
+    return steps * (COST * rows * config.sgd_row + LAUNCH_TOKENS)
 
 
 def _failure(

@@ -25,17 +25,18 @@ from functools import partial
 import numpy as np
 import torch
 
+from niblick.evaluation import ranks
 from niblick.evaluation.adaptation import parameters_kept, require_dense
 from niblick.evaluation.chunk_step import OFTEN, ChunkStep, Shape
 from niblick.evaluation.claims import Claims
 from niblick.evaluation.clock import Clock
 from niblick.evaluation.documents import Batch, Documents, chunk_counts, queue_of
-from niblick.evaluation.global_sgd import sgd_phase
+from niblick.evaluation.global_sgd import sgd_cost, sgd_phase
 from niblick.evaluation.hints import Hints
 from niblick.evaluation.lora import LoRA
 from niblick.evaluation.phased_batch import BatchScorer, BatchScores, shape_of
 from niblick.evaluation.phased_config import PHASED, PhasedConfig, check
-from niblick.evaluation.ranks import sum_over_ranks
+from niblick.evaluation.phased_plan import Plan, plan
 from niblick.evaluation.score import Progress, Record, Score, check_tilt
 from niblick.evaluation.validation import ValidationSet
 from niblick.model.config import ConfigError
@@ -109,7 +110,9 @@ class _Run:
             self.before = np.cumsum([0, *(len(batch.documents) for batch in self.queue)])
             """Documents that were claimed before each batch of the queue."""
             self.shapes = [self._shapes(batch) for batch in self.queue]
-            self.work = [sum(shape.cost for shape in shapes) for shapes in self.shapes]
+            self.due = [b for b in config.boundaries if b <= self.before[len(self.queue) - 1]]
+            self.plan, self.way = self._plan(), 0.0
+            """And how far along it this rank is."""
 
     def everything(self) -> Score:
         """What all ranks have scored together; the seconds are left open."""
@@ -118,7 +121,7 @@ class _Run:
         self._stop()
         self._work_through()
         sums = torch.from_numpy(self.sums).to(self.model.embedding.device)
-        sum_over_ranks([sums])
+        ranks.sum_over_ranks([sums])
         nll, n_targets, n_bytes, n_gave_up = sums.tolist()
         partial = "" if n_targets == len(self.data.tokens) - 1 else self.stopped or "another rank stopped"
         return Score(nll, int(n_targets), int(n_bytes), 0.0, partial, self._notes(int(n_gave_up)))
@@ -135,6 +138,22 @@ class _Run:
     def _shapes(self, batch: Batch) -> list[Shape]:
         m = chunk_counts(self.documents, batch)
         return [shape_of(batch, number, m, self.config) for number in range(int(m.max()))]
+
+    def _place(self, boundary: int) -> int:
+        """Of the first batch that is scored after a phase."""
+        return int(np.searchsorted(self.before, boundary))
+
+    def _chosen(self, boundary: int) -> np.ndarray:
+        """What a phase learns from: the first `boundary` of the scored documents, by batch index, then place in it. In
+        the published order these are the shortest of those scored so far."""
+        by_index = sorted(self.queue[: self._place(boundary)], key=lambda batch: batch.index)
+        return np.concatenate([batch.documents[np.argsort(batch.rows)] for batch in by_index])[:boundary]
+
+    def _plan(self) -> Plan:
+        n_ranks, lengths = ranks.place()[1], self.documents.targets + 1
+        phases = [sgd_cost(int(lengths[self._chosen(b)].sum()), self.config, n_ranks) for b in self.due]
+        batches = [sum(shape.cost for shape in shapes) for shapes in self.shapes]
+        return plan(batches, list(zip(map(self._place, self.due), phases, strict=True)), n_ranks)
 
     def _prepare(self) -> None:
         with self.clock.part("compile"):
@@ -160,7 +179,7 @@ class _Run:
         A rank that stops claims no more, but takes part in the next phase, where the others learn of it; then there is
         none for any rank, as all must do the same.
         """
-        due = [b for b in self.config.boundaries if b <= self.before[len(self.queue) - 1]]
+        due = self.due
         while True:
             place = len(self.queue) if self.stopped else self.claims.next()
             while due and (place >= len(self.queue) or due[0] <= self.before[place]):
@@ -168,24 +187,32 @@ class _Run:
             if place >= len(self.queue) or self.stopped:
                 return
             with self.clock.part("score"):
-                self._report(self.scorer.score(self.queue[place], self._stop), place)
+                self._report(self.scorer.score(self.queue[place], partial(self._before, place)), place)
+
+    def _before(self, place: int, number: int) -> str:
+        """Whether to stop before this chunk of this batch."""
+        if number:
+            self._go_to(self.way + self.shapes[place][number - 1].cost)
+        return self._stop()
+
+    def _go_to(self, way: float) -> None:
+        self.way = max(self.way, way)
+        if not self.stopped:
+            self.clock.foresee(self.way / self.plan.length)
 
     def _stop(self) -> str:
         self.stopped = self.stopped or self.clock.stop()
         return self.stopped
 
     def _phase(self, boundary: int) -> bool:
-        """Steps on all weights with the first `boundary` of the scored documents, by batch index, then place in it: in
-        the published order these are the shortest of those scored so far. False, and none, if any rank has stopped."""
+        """Steps on all weights. False, and none, if any rank has stopped."""
         stops = torch.tensor(float(bool(self.stopped)), device=self.model.embedding.device)
-        sum_over_ranks([stops])  # and wait until the last of their scores is final
+        ranks.sum_over_ranks([stops])  # and wait until the last of their scores is final
         if stops:
             self.stopped = self.stopped or "another rank stopped"
             return False
         with self.clock.part("adapt"):
-            claimed = self.queue[: int(np.searchsorted(self.before, boundary))]
-            by_index = sorted(claimed, key=lambda batch: batch.index)
-            chosen = np.concatenate([batch.documents[np.argsort(batch.rows)] for batch in by_index])[:boundary]
+            chosen = self._chosen(boundary)
             places = [np.arange(s, s + n + 1) for s, n in zip(*(x[chosen] for x in self.documents), strict=True)]
             failed = sgd_phase(self.model, self.data.tokens[np.concatenate(places)], self.config)
             if failed:
@@ -193,6 +220,7 @@ class _Run:
             else:
                 self.updated(np.concatenate([place[1:] for place in places]))
             self.scorer.renew()
+        self._go_to(self.plan.ends[self.due.index(boundary)])
         return True
 
     def _report(self, scores: BatchScores, place: int) -> None:
@@ -210,4 +238,4 @@ class _Run:
         scored = self.claims.add("targets", sum(map(len, scores.losses)))
         if self.progress:
             self.progress(scored, len(self.data.tokens) - 1)
-        self.clock.foresee(self.claims.add("work", self.work[place]) / sum(self.work))
+        self._go_to(self.way + self.shapes[place][-1].cost)

@@ -75,8 +75,8 @@ class BatchScorer:
         """Factors that the A of each row have yet to be given; None where they are not to be handed on."""
         self._n_phases += 1
 
-    def score(self, batch: Batch, stop: Callable[[], object]) -> BatchScores:
-        """`stop` is asked between chunks whether to end here."""
+    def score(self, batch: Batch, stop: Callable[[int], object]) -> BatchScores:
+        """`stop` is asked before each chunk, with its number, whether to end here."""
         m = chunk_counts(self.documents, batch)
         self._batch, self._m, self._means, self._level = batch, m, [], 0.0
         self._losses: list[list[np.ndarray]] = [[] for _ in m]
@@ -84,7 +84,7 @@ class BatchScorer:
         self._scores = BatchScores(batch, [], [])
         self._n_steps, previous = np.zeros(self.config.documents, int), None
         for number in range(int(m.max())):
-            if stop():
+            if stop(number):
                 break
             launched = self._chunk(number)
             if previous and not self._settle(previous):

@@ -15,7 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("window", "tokens_per_forward"), (1, 1e9)),
     **dict.fromkeys(("seed", "prefix"), (0, 1e9)),
     **dict.fromkeys(("alpha", "weight_decay", "sgd_segment"), (0, MOST)),
-    **dict.fromkeys(("beta2", "sgd_momentum"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("beta2", "sgd_momentum"), (0, 0.999999)),
     **dict.fromkeys(("eps", "sgd_clip"), (1e-30, 1e30)),
     **dict.fromkeys(("lr", "sgd_lr", "diverged", "suspicious"), (0, 1e30)),
     "phases": (0, 1000),

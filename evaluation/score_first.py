@@ -64,7 +64,7 @@ class ScoreFirstConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("learning_rate", 0, 1e6), ("momentum", 0, 0.999999), ("clip", 1e-30, 1e30), ("epochs", 1, 1000),
+            ("learning_rate", 0, 1e6), ("momentum", 0, 1 - 1e-9), ("clip", 1e-30, 1e30), ("epochs", 1, 1000),
             ("chunk_rows", 1, 1e9), ("frozen_blocks", 0, 1e6), ("stop_above", 0, 1e30), ("probe_windows", 1, 1e6),
         ):  # fmt: skip
             if not low <= (value := getattr(self, name)) <= high:

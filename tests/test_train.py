@@ -143,7 +143,8 @@ def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> Non
 
 
 def test_a_method_that_cannot_score_the_model_is_refused_before_training(train, tmp_path: Path) -> None:
-    status, _, err = train("--evaluation.method", "phased", "--evaluation.set", "sgd_segment=4096")
+    words = "--schedule.max-steps 1 --evaluation.method phased --evaluation.set sgd_segment=4096"
+    status, _, err = train(*words.split())
     assert status == 2 and err.count("\n") == 1 and "sgd_segment must be at most the model's 64" in err
     assert not (tmp_path / "out").exists()
 

@@ -244,7 +244,7 @@ def command(words: list[str]) -> int:
         status = guarded("evaluate.py", run_main, words, ArtifactError, ConfigError) or status
     if status and dist.is_initialized() and rank == 0:
         store().set(ENDED, "")
-    elif status and dist.is_initialized() and not first_has_ended():
+    elif status and dist.is_initialized() and not first_has_ended() and own.getvalue():
         print(f"rank {rank}: {own.getvalue().strip()}", file=sys.stderr)
     return status
 

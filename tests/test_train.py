@@ -142,6 +142,16 @@ def test_ngram_tables_in_the_artifact(train, tmp_path: Path, monkeypatch) -> Non
         assert status == 2 and err.count("\n") == 1 and reason in err, err
 
 
+def test_the_end_is_kept_and_packed_again_without_training(train, tmp_path: Path) -> None:
+    words = ["--schedule.max-steps", "3", "--run.checkpoint-every-s", "1000"]
+    assert train(*words)[0] == 0 and (tmp_path / "out/checkpoint.safetensors").exists()
+    first = records(tmp_path / "out")[-1]
+    assert train(*words, "--resume", "--artifact.rounding", "trellis8")[0] == 0
+    again = records(tmp_path / "out")[-1]
+    assert again["step"] == first["step"] == 3 and again["model_bytes"] != first["model_bytes"]
+    assert again["bits_per_byte"]["before quantisation"] == first["bits_per_byte"]["before quantisation"]
+
+
 def test_a_method_that_cannot_score_the_model_is_refused_before_training(train, tmp_path: Path) -> None:
     words = "--schedule.max-steps 1 --evaluation.method phased --evaluation.set sgd_segment=4096"
     status, _, err = train(*words.split())

@@ -4,6 +4,7 @@ The checks are plain functions of a module, because they must also reject the pl
 in FAULTS pairs (text, replacement), each is applied to a copy of kernels/X.py, and the checks must fail on the copy.
 """
 
+import gc
 import importlib
 import importlib.util
 import math

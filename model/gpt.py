@@ -13,6 +13,7 @@ Sizes in comments: N tokens, D width, H and G query and key/value heads, d head 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,8 +63,8 @@ class Adapter(Protocol):
     def output(self, slot: int, y: Tensor, weight: Tensor, low: Tensor | None) -> Tensor:
         """The attention's output of its heads y (N, D), in the stream's scale."""
 
-    def mlp(self, slot: int, n: Tensor, m: Tensor) -> Tensor:
-        """The MLP's output, m by the weights alone, of its input n (N, D). May write over m."""
+    def mlp(self, slot: int, n: Tensor, mlp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The MLP's output of its input n (N, D); `mlp` gives that by the weights alone."""
 
 
 class Shared(NamedTuple):
@@ -381,8 +382,8 @@ class GPT(nn.Module):
         return self.ops.xsa(y, value, gate_scale=scale, gate_logits=logits, amplitude=amplitude)
 
     def _adapted_mlp(self, step: Step, n: Tensor, shared: Shared) -> Tensor:
-        m = self._mlp(step.layer, n, shared.weights)
-        return shared.adapter.mlp(step.slot, n, m) if shared.adapter else m
+        mlp = partial(self._mlp, step.layer, weights=shared.weights)
+        return shared.adapter.mlp(step.slot, n, mlp) if shared.adapter else mlp(n)
 
     def _mlp(self, layer: int, n: Tensor, weights: dict[str, list]) -> Tensor:
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]

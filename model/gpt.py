@@ -25,7 +25,15 @@ from niblick.kernels.linear_softcapped_ce import linear_softcapped_ce
 from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
 from niblick.model.attention import Attend, attend_plain, attend_some
 from niblick.model.config import ConfigError, GPTConfig
-from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, mix_lanes, mix_skip, rms_norm
+from niblick.model.layers import (
+    Rotary,
+    channel_smear,
+    drop_largest_norms,
+    leaky_relu_squared,
+    mix_lanes,
+    mix_skip,
+    rms_norm,
+)
 from niblick.model.ngram_tables import NgramBias
 from niblick.model.ops import choose_ops
 

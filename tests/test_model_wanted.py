@@ -6,7 +6,6 @@ from numerics import assert_same_f64
 from test_model_reference import CASES, one_thread, product, random_parameters
 
 from niblick.model.config import GPTConfig
-from niblick.model.gpt import GPT
 
 __all__ = ["one_thread"]
 

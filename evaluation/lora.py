@@ -22,6 +22,7 @@ from torch import Tensor
 
 from niblick.evaluation.phased_config import PhasedConfig, Target
 from niblick.model.gpt import GPT
+from niblick.model.layers import compiled
 
 
 class Slice(NamedTuple):
@@ -112,7 +113,7 @@ class LoRA:
         self.step_number = torch.zeros((), dtype=wide, device=device)
         numbers = (config.lr, 1 - config.beta2, config.eps, 1 - config.lr * config.weight_decay)
         self.numbers = [torch.tensor(number, dtype=wide, device=device) for number in numbers]
-        self.adamw = torch.compile(adamw_, dynamic=True) if device.type == "cuda" else adamw_
+        self.adamw = compiled(adamw_) if device.type == "cuda" else adamw_
         self.base: dict[str, list[Tensor]] = {}
         self.refresh()
 

@@ -105,8 +105,17 @@ def _alone(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """For tensors of any size."""
-    return torch.compile(function, dynamic=True)
+    """For streams of any length, that of the first argument. Other sizes are constants: dividing by numbers that are
+    known only later, to find a channel, takes as long as what is computed (AdamW on 64 documents: 4.6 ms)."""
+    run = torch.compile(function)
+
+    def call(first: Tensor, *others: Tensor | float) -> object:
+        for x in (first, *others):
+            if isinstance(x, Tensor) and x.shape[:1] == first.shape[:1]:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return run(first, *others)
+
+    return call
 
 
 def leaky_relu_squared(h: Tensor, slope: float) -> Tensor:

@@ -106,7 +106,7 @@ def _alone(x: Tensor, weight: Tensor) -> bool:
 @cache
 def compiled(function: Callable) -> Callable:
     """For streams of any length, that of the first argument. Other sizes are constants: dividing by numbers that are
-    known only later, to find a channel, takes as long as what is computed (AdamW on 64 documents: 4.6 ms)."""
+    known only later, to find a channel, takes as long as what is computed (AdamW of adapters 4.6 ms instead of 3.0)."""
     run = torch.compile(function)
 
     def call(first: Tensor, *others: Tensor | float) -> object:

@@ -175,7 +175,7 @@ class ChunkStep:
                 row_starts.to(torch.int32),
                 row_starts=row_starts[:-1],
                 max_segment=width,
-                wanted=(row_starts[:-1, None] + columns).view(-1),
+                wanted=row_starts[:-1, None] + columns if shape.chunk < width else None,
                 adapter=view,
             )
             logits = (view or self.model).head(hidden)

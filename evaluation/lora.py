@@ -9,9 +9,11 @@ rows of w tokens.
 Layout: everything of a document is one row of flat (d, P) buffers, all A first. So an optimizer step is one pass over
 one tensor, a reset is a fill, the last documents of a batch are a slice, and a product over all documents is one
 batched GEMM on strided views. The A that read one input are one matrix (R, in). Gradients are written into their buffer
-by the backward pass itself, and what is added to y and dx is added by the GEMM: there is no pass for it.
+by the backward pass itself, and what is added to y and dx is added by a GEMM: there is no pass for it. Of two products
+that are summed the model's own is the second, as it has so much to multiply that it can read the first meanwhile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from niblick.evaluation.phased_config import PhasedConfig, Target
 from niblick.model.gpt import GPT
+from niblick.model.layers import compiled
 
 
 class Slice(NamedTuple):
@@ -110,7 +113,7 @@ class LoRA:
         self.step_number = torch.zeros((), dtype=wide, device=device)
         numbers = (config.lr, 1 - config.beta2, config.eps, 1 - config.lr * config.weight_decay)
         self.numbers = [torch.tensor(number, dtype=wide, device=device) for number in numbers]
-        self.adamw = torch.compile(adamw_, dynamic=True) if device.type == "cuda" else adamw_
+        self.adamw = compiled(adamw_) if device.type == "cuda" else adamw_
         self.base: dict[str, list[Tensor]] = {}
         self.refresh()
 
@@ -163,7 +166,8 @@ class LoRA:
         """AdamW on the last `rows` documents, with the gradients that the backward pass has left."""
         last = slice(len(self.master) - rows, None)
         self.step_number += 1
-        rows = (x[last] for x in (self.master, self.second, self.gradients, self.weights))
+        # Detached: compiled for a view of a buffer, the function would be compiled again for most others.
+        rows = (x[last].detach() for x in (self.master, self.second, self.gradients, self.weights))
         correction = (1 - self.config.beta2**self.step_number).rsqrt()  # here: inside it would be a power an element
         self.adamw(*rows, self.channels, correction, *self.numbers)
 
@@ -223,20 +227,19 @@ class View:
             for t in layout.attention
             if t != "o"
         ]
-        rest = layout.low("o") if "o" in layout.attention else None
-        y, low = _Project.apply(n, self.anchor, weight, self.pairs[slot, "n"], ups, rest, self.lora.config.scale)
-        return y, low if rest else None
+        y, low = _Project.apply(n, self.anchor, weight, self.pairs[slot, "n"], ups, self.lora.config.scale)
+        return y, low if "o" in layout.attention else None
 
     def output(self, slot: int, y: Tensor, weight: Tensor, low: Tensor | None) -> Tensor:
         if low is None:
             return y @ weight.T
-        return _Output.apply(y, low, weight, self.pairs[slot, "o"])
+        return _Output.apply(y, low, weight, self.pairs[slot, "o"], self.lora.layout.low("o"))
 
-    def mlp(self, slot: int, n: Tensor, m: Tensor) -> Tensor:
+    def mlp(self, slot: int, n: Tensor, mlp: Callable[[Tensor], Tensor]) -> Tensor:
         if (slot, "m") not in self.pairs:
-            return m
-        a, b = self.pairs[slot, "m"], self.pairs[slot, "mlp"]
-        return _Add.apply(m, n, self.anchor, a, b, self.lora.config.scale)
+            return mlp(n)
+        n, low = _Down.apply(n, self.anchor, self.pairs[slot, "m"], self.lora.config.scale)
+        return _Up.apply(mlp(n), low, self.pairs[slot, "mlp"])
 
     def head(self, hidden: Tensor) -> Tensor:
         """Raw logits of hidden states, as `GPT.head`: as many of each document."""
@@ -245,93 +248,118 @@ class View:
             return model.head(hidden)
         up = Up(self.pairs[-1, "head"], slice(None), slice(None))
         scale = self.lora.config.scale
-        return _Project.apply(hidden, self.anchor, model.embedding, self.pairs[-1, "h"], [up], None, scale)[0]
+        return _Project.apply(hidden, self.anchor, model.embedding, self.pairs[-1, "h"], [up], scale)[0]
 
 
-# ---- the products: x (d w, in), A (d, R, in), B (d, out, r); gradients of A and B go where the pair says -------------
-
-
-def _times(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale a b, batched, in one GEMM."""
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if out is None else out
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+# ---- the products: x (n, in), n = d w, A (d, R, in), B (d, out, r); gradients of A and B go where the pair says ------
 
 
 def _by_document(x: Tensor, d: int) -> Tensor:
     return x.unflatten(0, (d, -1))
 
 
+def _low(x: Tensor, a: Pair, scale: float) -> Tensor:
+    """h = s x Aᵀ, (n, R)."""
+    rows = _by_document(x, len(a.weight))
+    h = x.new_empty(*rows.shape[:2], a.weight.shape[1])
+    return torch.baddbmm(h, rows, a.weight.mT, beta=0, alpha=scale, out=h).flatten(0, 1)
+
+
+def _into_a(dh: Tensor, x: Tensor, a: Pair, scale: float) -> None:
+    """Writes the gradient of A, of h's (n, R)."""
+    dh, x = (_by_document(t, len(a.weight)) for t in (dh, x))
+    torch.baddbmm(a.gradient, dh.mT, x, beta=0, alpha=scale, out=a.gradient)
+
+
+def _into_b(dy: Tensor, h: Tensor, b: Pair, dh: Tensor) -> None:
+    """Writes the gradient of B, of y's (n, out), and that of h (n, r)."""
+    dy, h, dh = (_by_document(t, len(b.weight)) for t in (dy, h, dh))
+    torch.bmm(dy.mT, h, out=b.gradient)
+    torch.bmm(dy, b.weight, out=dh)
+
+
 class _Project(torch.autograd.Function):
-    """y = x Wᵀ + h Bᵀ, target by target in its columns, with h = s x Aᵀ; and the columns `rest` of h."""
+    """y = x Wᵀ + h Bᵀ, target by target in its columns, with h = s x Aᵀ; and h, of whose gradient the columns that no
+    target here reads are taken as they come, and the others are not."""
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, a: Pair, ups: list[Up], rest: slice | None, scale: float):
-        h = _times(_by_document(x, len(a.weight)), a.weight.mT, scale)
-        y = x @ weight.T
+    def forward(ctx, x, anchor, weight, a: Pair, ups: list[Up], scale: float):
+        ctx.set_materialize_grads(False)
+        h, d = _low(x, a, scale), len(a.weight)
+        covered = sum(up.b.weight.shape[1] for up in ups) == len(weight)
+        y = (x.new_empty if covered else x.new_zeros)(len(x), len(weight))
         for up in ups:
-            _by_document(y, len(h))[..., up.columns].baddbmm_(h[..., up.low], up.b.weight.mT)
+            torch.bmm(_by_document(h[:, up.low], d), up.b.weight.mT, out=_by_document(y[:, up.columns], d))
         ctx.save_for_backward(x, weight, h)
-        ctx.a, ctx.ups, ctx.rest, ctx.scale = a, ups, rest, scale
-        return y, h[..., rest].clone() if rest else h.new_empty(0)
+        ctx.a, ctx.ups, ctx.scale = a, ups, scale
+        return y.addmm_(x, weight.T), h
 
     @staticmethod
-    def backward(ctx, dy, dlow):
+    def backward(ctx, dy, dh):
         x, weight, h = ctx.saved_tensors
-        a, dh, dy_rows = ctx.a, torch.empty_like(h), _by_document(dy, len(h))
+        a, dh = ctx.a, torch.empty_like(h) if dh is None else dh
         for up in ctx.ups:
-            mine = dy_rows[..., up.columns]
-            torch.bmm(mine.mT, h[..., up.low], out=up.b.gradient)
-            torch.bmm(mine, up.b.weight, out=dh[..., up.low])
-        if ctx.rest:
-            dh[..., ctx.rest] = dlow
-        _times(dh.mT, _by_document(x, len(h)), ctx.scale, out=a.gradient)
+            _into_b(dy[:, up.columns], h[:, up.low], up.b, dh[:, up.low])
+        _into_a(dh, x, a, ctx.scale)
         if not ctx.needs_input_grad[0]:
-            return (None,) * 7
-        dx = dy @ weight
-        _by_document(dx, len(h)).baddbmm_(dh, a.weight, alpha=ctx.scale)
-        return dx, *(None,) * 6
+            return (None,) * 6
+        dx = torch.empty_like(x)
+        dx_rows = _by_document(dx, len(a.weight))
+        torch.baddbmm(dx_rows, _by_document(dh, len(a.weight)), a.weight, beta=0, alpha=ctx.scale, out=dx_rows)
+        return dx.addmm_(dy, weight), *(None,) * 5
 
 
 class _Output(torch.autograd.Function):
-    """y = x Wᵀ + h Bᵀ."""
+    """y = x Wᵀ + h Bᵀ, with columns `low` of an h that nobody else reads (see `_Project`)."""
 
     @staticmethod
-    def forward(ctx, x, h, weight, b: Pair):
-        y = x @ weight.T
-        _by_document(y, len(h)).baddbmm_(h, b.weight.mT)
+    def forward(ctx, x, h, weight, b: Pair, low: slice):
+        y = x.new_empty(len(x), len(weight))
+        torch.bmm(_by_document(h[:, low], len(b.weight)), b.weight.mT, out=_by_document(y, len(b.weight)))
         ctx.save_for_backward(h, weight)
+        ctx.b, ctx.low = b, low
+        return y.addmm_(x, weight.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, weight = ctx.saved_tensors
+        dh = torch.empty_like(h)
+        _into_b(dy, h[:, ctx.low], ctx.b, dh[:, ctx.low])
+        return dy @ weight, dh, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    """x as it is, for one reader, and h = s x Aᵀ. What h adds to dx is added to what that reader has found."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, a: Pair, scale: float):
+        ctx.save_for_backward(x)
+        ctx.a, ctx.scale = a, scale
+        return x.view_as(x), _low(x, a, scale)
+
+    @staticmethod
+    def backward(ctx, dx, dh):
+        (x,), a = ctx.saved_tensors, ctx.a
+        _into_a(dh, x, a, ctx.scale)
+        if ctx.needs_input_grad[0]:
+            _by_document(dx, len(a.weight)).baddbmm_(_by_document(dh, len(a.weight)), a.weight, alpha=ctx.scale)
+        return dx, None, None, None
+
+
+class _Up(torch.autograd.Function):
+    """y + h Bᵀ; over y, which nobody has kept."""
+
+    @staticmethod
+    def forward(ctx, y, h, b: Pair):
+        y = y.detach()  # autograd, told of the change in place, would copy y's gradient three times
+        _by_document(y, len(b.weight)).baddbmm_(_by_document(h, len(b.weight)), b.weight.mT)
+        ctx.save_for_backward(h)
         ctx.b = b
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        h, weight = ctx.saved_tensors
-        return dy @ weight, _into_b(dy, h, ctx.b), None, None
-
-
-class _Add(torch.autograd.Function):
-    """y + h Bᵀ with h = s x Aᵀ; over y, which nobody has kept."""
-
-    @staticmethod
-    def forward(ctx, y, x, anchor, a: Pair, b: Pair, scale: float):
-        h = _times(_by_document(x, len(a.weight)), a.weight.mT, scale)
-        y = y.detach()  # autograd, told of the change in place, would copy y's gradient three times
-        _by_document(y, len(h)).baddbmm_(h, b.weight.mT)
-        ctx.save_for_backward(x, h)
-        ctx.a, ctx.b, ctx.scale = a, b, scale
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, h = ctx.saved_tensors
-        dh = _into_b(dy, h, ctx.b)
-        _times(dh.mT, _by_document(x, len(h)), ctx.scale, out=ctx.a.gradient)
-        dx = _times(dh, ctx.a.weight, ctx.scale).view_as(x) if ctx.needs_input_grad[1] else None
-        return dy, dx, *(None,) * 4
-
-
-def _into_b(dy: Tensor, h: Tensor, b: Pair) -> Tensor:
-    """Writes the gradient of B; returns that of h."""
-    dy_rows = _by_document(dy, len(h))
-    torch.bmm(dy_rows.mT, h, out=b.gradient)
-    return torch.bmm(dy_rows, b.weight)
+        (h,) = ctx.saved_tensors
+        dh = torch.empty_like(h)
+        _into_b(dy, h, ctx.b, dh)
+        return dy, dh, None

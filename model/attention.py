@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from niblick.model.config import ConfigError
+from niblick.model.layers import compiled
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -57,6 +58,21 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segmen
         one = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
         pieces.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+def attend_some(q: Tensor, k: Tensor, v: Tensor, wanted: Tensor) -> Tensor:
+    """Of few positions of each segment, where the stream is R segments of one width; any dtype and device.
+
+    wanted: (R, c) int64, positions in the stream. q, y (R c, H, d), k, v (N, G, d).
+    """
+    (R, c), G, d = wanted.shape, *k.shape[1:]
+    # The query heads of a key head lie one after another, as if they were more queries.
+    q = q.view(R, c, G, -1, d).permute(0, 2, 3, 1, 4).reshape(R, G, -1, d)
+    k, v = (x.unflatten(0, (R, -1)).transpose(1, 2) for x in (k, v))  # (R, G, width, d)
+    width = k.shape[2]
+    seen = torch.arange(width, device=wanted.device) <= wanted[:, :, None] % width  # (R, c, width)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(1, q.shape[2] // c, 1)[:, None])
+    return y.unflatten(2, (-1, c)).permute(0, 3, 1, 2, 4).reshape(R * c, -1, d)
 
 
 def _require_capability(device: torch.device, minimum: tuple[int, int]) -> None:
@@ -162,10 +178,31 @@ def _register_fa4(name: str, forward: Callable, backward: Callable, hopper: bool
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_segment: int) -> Tensor:
         turns = q.shape[1] // k.shape[1] if hopper else 1
-        k, v = (x[:, :, None].expand(-1, -1, turns, -1) for x in (k, v))
+        whole = turns == 1 or torch.compiler.is_compiling()  # then sums over turns are part of what reads them
+        k, v = (_expand if whole else _InTurns.apply)(k, v, turns)
         return op(q, k, v, cu_seqlens, max_segment)[0]
 
     return attend
+
+
+def _expand(k: Tensor, v: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+    return tuple(x[:, :, None].expand(-1, -1, turns, -1) for x in (k, v))
+
+
+class _InTurns(torch.autograd.Function):
+    """`_expand`, of whose gradients torch's own sum takes three times as long as reading and writing them."""
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+        return _expand(k, v, turns)
+
+    @staticmethod
+    def backward(ctx, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *compiled(_sums_of_turns)(dk, dv), None
+
+
+def _sums_of_turns(*gradients: Tensor) -> tuple[Tensor, ...]:
+    return tuple(sum(x.unbind(2)) for x in gradients)
 
 
 def _segments(cu_seqlens: Tensor, max_segment: int) -> dict[str, object]:

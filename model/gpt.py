@@ -13,6 +13,7 @@ Sizes in comments: N tokens, D width, H and G query and key/value heads, d head 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,9 +23,17 @@ from torch import Tensor, nn
 from niblick.kernels.int6_linear import int6_linear
 from niblick.kernels.linear_softcapped_ce import linear_softcapped_ce
 from niblick.kernels.softcapped_ce import softcapped_ce, softcapped_ce_ref
-from niblick.model.attention import Attend, attend_plain
+from niblick.model.attention import Attend, attend_plain, attend_some
 from niblick.model.config import ConfigError, GPTConfig
-from niblick.model.layers import Rotary, channel_smear, drop_largest_norms, leaky_relu_squared, mix_lanes, rms_norm
+from niblick.model.layers import (
+    Rotary,
+    channel_smear,
+    drop_largest_norms,
+    leaky_relu_squared,
+    mix_lanes,
+    mix_skip,
+    rms_norm,
+)
 from niblick.model.ngram_tables import NgramBias
 from niblick.model.ops import choose_ops
 
@@ -62,8 +71,8 @@ class Adapter(Protocol):
     def output(self, slot: int, y: Tensor, weight: Tensor, low: Tensor | None) -> Tensor:
         """The attention's output of its heads y (N, D), in the stream's scale."""
 
-    def mlp(self, slot: int, n: Tensor, m: Tensor) -> Tensor:
-        """The MLP's output, m by the weights alone, of its input n (N, D). May write over m."""
+    def mlp(self, slot: int, n: Tensor, mlp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The MLP's output of its input n (N, D); `mlp` gives that by the weights alone."""
 
 
 class Shared(NamedTuple):
@@ -80,12 +89,20 @@ class Shared(NamedTuple):
 
 class Step(NamedTuple):
     """One executed layer: which weights, which skip row it pops (or None), whether its output is pushed, its place in
-    the order."""
+    the order, and the positions (R, c) that alone are wanted of it, if not all are: of others it makes keys and values
+    only. So it is with the last one, where not all are wanted of the model."""
 
     layer: int
     skip_row: int | None
     push: bool
     slot: int
+    wanted: Tensor | None = None
+
+    def cut(self, *streams: Tensor | None) -> list[Tensor | None]:
+        """Of streams (N, ...), where there is one, what is wanted, (R c, ...)."""
+        if self.wanted is None:
+            return list(streams)
+        return [x if x is None else x.index_select(0, self.wanted.flatten()) for x in streams]
 
 
 def execution_order(config: GPTConfig, looping: bool) -> list[Step]:
@@ -238,15 +255,16 @@ class GPT(nn.Module):
         """The stream after the final norm, (N, D).
 
         row_starts: positions (R,) int64 before which the smear gate sees nothing, as at the stream's start.
-        max_segment: the longest segment there is, where that is not the model's. wanted: (n,) int64, the only positions
-        whose result is given, (n, D).
+        max_segment: the longest segment there is, where that is not the model's. wanted: (R, c) int64, the only
+        positions whose result is given, (R c, D): c of each segment, where these are R of one width.
         """
         c = self.config
         x0 = self._input(ids, cu_seqlens, row_starts)
         table = self.rotary(ids.shape[0], cu_seqlens, self.dtype, relative=row_starts is not None)
         weights = adapter.weights if adapter else self.weights
         shared = Shared(x0, table, cu_seqlens, max_segment or c.max_segment, weights, adapter)
-        one_lane, two_lanes = self._split(self.orders[looping])
+        *order, last = self.orders[looping]
+        one_lane, two_lanes = self._split([*order, last._replace(wanted=wanted)])
         stream, stack = Stream(x0), []
         for step in one_lane:
             stream = self._block(step, stream, stack, shared)
@@ -255,7 +273,7 @@ class GPT(nn.Module):
         a = stream.sum()
         if two_lanes:
             a = self._lanes(two_lanes, a, [a if skip is None else skip for skip in stack], shared)
-        return rms_norm(a if wanted is None else a.index_select(0, wanted))
+        return rms_norm(a)
 
     # ---- the parts ---------------------------------------------------------------------------------------------
 
@@ -296,6 +314,7 @@ class GPT(nn.Module):
         if keep:
             stack[-1] = sums[2]
         attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
+        u, n = step.cut(u, n)
         if c.parallel == "single" and layer >= c.parallel_start:
             return Stream(u + attn, self._adapted_mlp(step, n, shared))
         y, n = self.ops.residual(u, attn, norm_scale=self._norm_scale(layer))
@@ -318,8 +337,7 @@ class GPT(nn.Module):
         for place, step in enumerate(order):
             if step.skip_row is not None:
                 kept, weight = self._skip_mix(step.skip_row)
-                popped = weight.to(a.dtype) * stack.pop()
-                a = a + popped if isinstance(kept, float) else kept.to(a.dtype) * a + popped
+                a = mix_skip(a, stack.pop(), kept, weight)
                 if not place and c.parallel == "two_lane":
                     b = a  # cross_lane: the skip of the first parallel layer reaches lane a alone
             a, b = self._lane_block(step, a, b, shared)
@@ -334,6 +352,7 @@ class GPT(nn.Module):
         sums = self.ops.residual(a, shared.x0, *self.resid_mix[layer], head=self.gate_head, norm_scale=scale)
         u, n = sums[:2]
         attn = self._attention(step, n, sums[-1] if self.gate_head else None, shared)
+        u, a, b = step.cut(u, a, b)
         m = self._adapted_mlp(step, rms_norm(b) * scale, shared)
         if self.config.parallel == "two_lane":
             return u + attn, b + m
@@ -341,14 +360,18 @@ class GPT(nn.Module):
 
     def _attention(self, step: Step, n: Tensor, head: Tensor | None, shared: Shared) -> Tensor:
         """`head`: the first channels of n, where they open the gates."""
-        c, N, layer, adapter = self.config, n.shape[0], step.layer, shared.adapter
+        c, layer, adapter = self.config, step.layer, shared.adapter
         qkv, o = shared.weights["qkv"][layer], shared.weights["o"][layer]
         qkv, low = adapter.project(step.slot, n, qkv) if adapter else (_linear(n, qkv), None)
-        heads = qkv.view(N, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = self.ops.qk(heads, None, *shared.table, self.q_gain[layer], kv_heads=c.num_kv_heads)
-        y = self.attend(q, k, v, shared.cu_seqlens, shared.max_segment)
         opener = qkv[:, : c.model_dim] if c.gate_input == "query" else n if head is None else head
-        y = self._exclude_and_gate(layer, y, v, opener).reshape(N, c.model_dim)
+        q, own, opener, low = step.cut(q, v, opener, low)
+        if step.wanted is None:
+            y = self.attend(q, k, v, shared.cu_seqlens, shared.max_segment)
+        else:
+            y = attend_some(q, k, v, step.wanted)
+        y = self._exclude_and_gate(layer, y, own, opener).reshape(-1, c.model_dim)
         if self.observe:
             self.observe("attn_in", layer, n)
             self.observe("attn_out", layer, y)
@@ -381,8 +404,8 @@ class GPT(nn.Module):
         return self.ops.xsa(y, value, gate_scale=scale, gate_logits=logits, amplitude=amplitude)
 
     def _adapted_mlp(self, step: Step, n: Tensor, shared: Shared) -> Tensor:
-        m = self._mlp(step.layer, n, shared.weights)
-        return shared.adapter.mlp(step.slot, n, m) if shared.adapter else m
+        mlp = partial(self._mlp, step.layer, weights=shared.weights)
+        return shared.adapter.mlp(step.slot, n, mlp) if shared.adapter else mlp(n)
 
     def _mlp(self, layer: int, n: Tensor, weights: dict[str, list]) -> Tensor:
         c, up, down = self.config, weights["up"][layer], weights["down"][layer]

@@ -4,9 +4,9 @@ On a GPU it is a kernel (`kernels.trellis_search`), on a CPU the same in numpy, 
 that every machine finds the same path: targets are in 1/128 of a step, which adds 2e-5 to the least error there is.
 
 The rate has no part in the search. To minimise (t - z)^2 + lam bits(z) is to shrink a column's targets, by 1 % at the
-lam = 0.3 that theory has best; a twentieth of a decibel is gained and every weight is a little too small. Those errors
-are all of one sign and add up through the layers: at equal weighted error and a trained `pr1855` the divergence from
-the unquantised model was 7 % larger, at equal bytes 5 % (bench/NOTES.md).
+lam = 0.3 that theory has best: a twentieth of a decibel is gained, and weights come out that much smaller. Those errors
+are of one sign and add up through the layers: on a trained `pr1855` at equal weighted error the divergence from the
+unquantised model was 7 % larger, at equal bytes 5 % (bench/NOTES.md).
 """
 
 from functools import cache

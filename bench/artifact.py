@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from niblick.artifact.calibration import calibrate
 from niblick.artifact.container import pack, read_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
-from niblick.artifact.hessians import calibrate
 from niblick.artifact.load import set_weights
 from niblick.artifact.published import require_lrzip
 from niblick.artifact.quantize import Quantization, quantize

@@ -134,6 +134,15 @@ def test_the_model_is_left_as_it_was(model):
     model.eval()
 
 
+def test_ranks_take_their_mean(model, calibration, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+    both = calibrate(model, SETTINGS, texts(), 0)
+    for role in ROLES:
+        torch.testing.assert_close(both[role], calibration[role])
+        assert calibration[role].shape == quantize(model.state_dict(), SETTINGS, calibration).tensors[role].scale.shape
+
+
 def test_what_is_missing_is_refused(model, calibration):
     hessians = {name: tensor for name, tensor in calibration.items() if name != "attn_v"}
     with pytest.raises(ArtifactError, match="expected the sensitivity of attn_v, found none"):

@@ -24,8 +24,8 @@ from niblick.artifact.hessians import Rows, softcapped, sum_over_ranks
 from niblick.artifact.matrices import HESSIANS, ROLES, split_roles
 from niblick.model.gpt import GPT
 
-TEXTS = 32
-"""Backward passes a rank, each of one row of text."""
+TEXTS = 8
+"""Backward passes a rank, each of one row of text: 1.1 s on an H200. 32 leave 1.5 % less divergence, 128 2.2 % less."""
 
 
 def collect_sensitivities(

@@ -353,8 +353,8 @@ class ArtifactConfig:
     """Strength of the Hessian-aware clip (PR #1412)."""
     allocation: Literal["clips", "roles", "matrices", "rows"] = "clips"
     """Where bits go: as the clips say, or to where the loss needs them, evened out over whole roles, matrices or rows;
-    the clips then say only how many there are in all. Takes 32 backward passes with the calibration, and integers of
-    up to eight bits, which `--weights packed` does not."""
+    the clips then say only how many there are in all. Takes eight backward passes with the calibration, and integers
+    of up to eight bits, which `--weights packed` does not."""
     steps_per_octave: int = 0
     """Steps are powers of 2^(1/n), which cost few bytes; 0: any float16."""
 

@@ -11,9 +11,10 @@ from niblick.artifact.allocation import LEAST, allocate
 from niblick.artifact.calibration import calibrate
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.hessians import softcapped
-from niblick.artifact.matrices import ROLES, join_roles, split_roles
+from niblick.artifact.matrices import HESSIANS, ROLES, join_roles, split_roles
 from niblick.artifact.quantize import quantize
 from niblick.artifact.records import dequantize
+from niblick.artifact.sensitivity import collect_sensitivities
 from niblick.artifact.steps import all_steps
 from niblick.model.config import ArtifactConfig, ConfigError, GPTConfig
 from niblick.model.gpt import GPT
@@ -47,7 +48,13 @@ def model() -> GPT:
 
 @pytest.fixture(scope="module")
 def calibration(model) -> dict[str, torch.Tensor]:
-    return calibrate(model, SETTINGS, texts(), 0)
+    hessians = calibrate(model, replace(SETTINGS, allocation="clips"), texts(), 0)
+    return hessians | sensitivities(model, hessians)
+
+
+def sensitivities(model: GPT, hessians: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    batches = [(text.ids, text.cu_seqlens) for text in texts()]
+    return collect_sensitivities(model, batches, hessians, damping=SETTINGS.damping, seed=0, texts=32)
 
 
 @torch.no_grad()
@@ -137,7 +144,7 @@ def test_the_model_is_left_as_it_was(model):
 def test_ranks_take_their_mean(model, calibration, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
-    both = calibrate(model, SETTINGS, texts(), 0)
+    both = sensitivities(model, {name: calibration[name] for name in HESSIANS.values()})
     for role in ROLES:
         torch.testing.assert_close(both[role], calibration[role])
         assert calibration[role].shape == quantize(model.state_dict(), SETTINGS, calibration).tensors[role].scale.shape

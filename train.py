@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from niblick.artifact.bundle import bundle
+from niblick.artifact.calibration import calibrate
 from niblick.artifact.container import (
     ILLEGAL,
     Container,
@@ -38,7 +39,6 @@ from niblick.artifact.container import (
 )
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
-from niblick.artifact.hessians import calibrate
 from niblick.artifact.ledger import byte_ledger, table_rows
 from niblick.artifact.load import load_model, set_weights
 from niblick.artifact.published import require_lrzip

@@ -32,7 +32,7 @@ class Filled(NamedTuple):
 def fill(
     state: dict[str, Tensor],
     config: ArtifactConfig,
-    hessians: dict[str, Tensor] | None,
+    calibration: dict[str, Tensor] | None,
     size_of: Callable[[Quantization, ArtifactConfig], int],
     target: int,
 ) -> Filled:
@@ -46,7 +46,7 @@ def fill(
     low, high = 1 / MAX_FACTOR, MAX_FACTOR  # the sizes at these are taken to lie above and below the target
     for _ in range(MAX_TRIALS):
         trial = scaled(config, factor)
-        quantization = quantize(state, trial, hessians)
+        quantization = quantize(state, trial, calibration)
         size = size_of(quantization, trial)
         smallest = min(smallest, size)
         if size <= target:

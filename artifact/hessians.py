@@ -6,20 +6,17 @@ the training shards, without document borders, through the averaged weights in e
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from niblick.artifact.errors import ArtifactError
-from niblick.model.config import ArtifactConfig
 from niblick.model.distributed import contact
 from niblick.model.gpt import GPT
 
 TEMPERATURE = 0.8
 """Of self-generated calibration, as in PR #1019 of the Parameter Golf challenge."""
-GENERATED_ROWS = 64
 
 Rows = tuple[Tensor, Tensor]
 """ids (N,) int64 and cu_seqlens int32, as `GPT.hidden` takes them."""
@@ -51,24 +48,18 @@ def collect_hessians(model: GPT, batches: Iterable[Rows]) -> dict[str, Tensor]:
     finally:
         model.observe = None
         model.train(was_training)
-    if dist.is_available() and dist.is_initialized():
-        with contact():
-            for tensor in (*hessians.values(), count):
-                dist.all_reduce(tensor)
+    sum_over_ranks((*hessians.values(), count))
     if not count:
         raise ArtifactError("calibration: expected at least one batch, found none")
     return hessians
 
 
-def calibrate(model: GPT, config: ArtifactConfig, training: Iterable[object], seed: int) -> dict[str, Tensor] | None:
-    """What `config` asks for: Hessians from its number of `training` batches (with .ids and .cu_seqlens), or from rows
-    that the model draws, from `seed`; for rounding to the nearest, none."""
-    if config.rounding == "nearest":
-        return None
-    if config.calibration == "generated":
-        return collect_hessians(model, generate_rows(model, GENERATED_ROWS, model.config.max_segment, seed=seed))
-    batches = islice(training, config.calibration_batches)
-    return collect_hessians(model, ((batch.ids, batch.cu_seqlens) for batch in batches))
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """In place, where there is a process group."""
+    if dist.is_available() and dist.is_initialized():
+        with contact():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
 
 @torch.no_grad()

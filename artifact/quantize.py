@@ -14,7 +14,7 @@ from niblick.artifact.gptq import Choose, Factor, Rounded, factorise, gptq, near
 from niblick.artifact.lqer import correct_largest_errors
 from niblick.artifact.matrices import HESSIANS, split_roles
 from niblick.artifact.records import Quantized, RowIntegers, SmallIntegers, is_matrix, largest_integer
-from niblick.artifact.steps import SMALLEST_STEP, bits_and_clip, row_steps
+from niblick.artifact.steps import SMALLEST_STEP, Steps, all_steps
 from niblick.artifact.viterbi import along_rows
 from niblick.model.config import ArtifactConfig
 
@@ -38,28 +38,32 @@ class Quantization(NamedTuple):
 
 
 def quantize(
-    state: dict[str, Tensor], config: ArtifactConfig, hessians: dict[str, Tensor] | None = None
+    state: dict[str, Tensor], config: ArtifactConfig, calibration: dict[str, Tensor] | None = None
 ) -> Quantization:
     """All of a model's parameters to what `config` says, matrices on the Hessians' device.
 
-    `hessians` is what `hessians.collect_hessians` gives; needed unless config.rounding is "nearest". ArtifactError
+    `calibration` is what `calibration.calibrate` gives; needed unless config.rounding is "nearest". ArtifactError
     naming tensor and index for a weight that is not finite or that float16 cannot hold.
     """
-    if config.rounding != "nearest" and hessians is None:
+    if config.rounding != "nearest" and calibration is None:
         raise ArtifactError(f"artifact.rounding {config.rounding}: expected Hessians of the layers' inputs, found none")
-    tensors: Quantized = {}
-    error, notes, factors, weights = {}, [], {}, {}
-    for name, tensor in split_roles(state).items():
+    tensors: Quantized = split_roles(state)
+    for name, tensor in tensors.items():
         _require_finite(name, tensor, tensor, "a finite weight")
+    weights = {role: tensor.detach().float() for role, tensor in tensors.items() if is_matrix(role)}
+    if calibration is not None:
+        weights = {role: weight.to(calibration[HESSIANS[role]].device) for role, weight in weights.items()}
+    steps, error, notes, factors = all_steps(weights, config, calibration), {}, [], {}
+    for name, tensor in tensors.items():
         if not is_matrix(name):
             tensors[name] = _small(name, tensor.detach().cpu().float(), config)
             continue
-        weights[name] = tensor.detach().float()
-        hessian = None if hessians is None else hessians[HESSIANS[name]]
+        hessian = None if calibration is None else calibration[HESSIANS[name]]
         if config.rounding != "nearest" and HESSIANS[name] not in factors:
             factors[HESSIANS[name]] = factorise(HESSIANS[name], hessian, config.damping)
             notes += _damping_notes(HESSIANS[name], factors[HESSIANS[name]], config.damping)
-        tensors[name], rounded = _matrices(name, weights[name], config, hessian, factors.get(HESSIANS[name]))
+        factor = factors.get(HESSIANS[name])
+        tensors[name], rounded = _matrices(name, weights[name], steps[name], config, hessian, factor)
         if rounded is not None:
             error[name] = rounded.error.cpu()
     if config.low_rank_matrices:
@@ -69,12 +73,9 @@ def quantize(
 
 
 def _matrices(
-    role: str, weight: Tensor, config: ArtifactConfig, hessian: Tensor | None, factor: Factor | None
+    role: str, weight: Tensor, steps: Steps, config: ArtifactConfig, hessian: Tensor | None, factor: Factor | None
 ) -> tuple[RowIntegers, Rounded | None]:
-    if hessian is not None:
-        weight = weight.to(hessian.device)
-    bits, _ = bits_and_clip(role, config)
-    scale = row_steps(role, weight, config, hessian)
+    scale, bits = steps
     if factor is None:
         q, rounded = nearest(largest_integer(bits))(weight / scale.float()[..., None]).to(torch.int8), None
     else:

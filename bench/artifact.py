@@ -5,7 +5,8 @@
 
 The first table is at equal Hessian-weighted error: the containers on the same integers of GPTQ, then trellises with the
 steps that leave the same error in each group of clips. The second is at equal bytes: every way fills up to the size of
-the first table's first row. FOLDER holds training and validation shards and a tokenizer. `simulated` has weights of the
+the first table's first row; ways that choose where bits go are in this one only. "diverged" is as "lost", with far less
+noise (`divergence`). FOLDER holds training and validation shards and a tokenizer. `simulated` has weights of the
 record's shapes, with a spread over columns that explains the published sizes, and no score.
 """
 
@@ -25,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from niblick.artifact.calibration import calibrate
 from niblick.artifact.container import pack, read_artifact
 from niblick.artifact.errors import ArtifactError
 from niblick.artifact.fill import fill
-from niblick.artifact.hessians import calibrate
 from niblick.artifact.load import set_weights
 from niblick.artifact.published import require_lrzip
 from niblick.artifact.quantize import Quantization, quantize
+from niblick.bench.divergence import Divergence
 from niblick.data import loaders
 from niblick.data import tokenizer as tokenizers
 from niblick.data.command_line import guarded, parse
@@ -59,6 +61,11 @@ WAYS = {
     "trellis, 32 states": OURS | {"rounding": "trellis32"},
     "trellis, 8 states, without LQER": OURS | {"rounding": "trellis8", "low_rank_matrices": 0},
     "trellis, 8 states, equal steps": OURS | {"rounding": "trellis8", "row_exponent": 0.0},
+    "bits by role": OURS | {"allocation": "roles"},
+    "bits by matrix": OURS | {"allocation": "matrices"},
+    "bits by row": OURS | {"allocation": "rows"},
+    "trellis, 8 states, bits by row": OURS | {"allocation": "rows", "rounding": "trellis8"},
+    "trellis, 32 states, bits by row": OURS | {"allocation": "rows", "rounding": "trellis32"},
 }
 """What differs from the preset. The error of the first is what the others are brought to."""
 GROUPS = {"attention_clip": "attn", "mlp_clip": "mlp", "embedding_clip": "embedding"}
@@ -80,18 +87,27 @@ class Arguments:
     """Also the second table, which quantises every way two to four times more."""
     max_tokens: int = 0
     """Of the held-out text; 0: all."""
+    calibration_tokens: int = 0
+    """0: as many as the preset takes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     out: Path | None = None
     """Also write the rows there, a line of JSON each."""
 
 
+class Scored(NamedTuple):
+    """Bits per byte: of the held-out text, and the divergence from the unquantised model's predictions."""
+
+    bits: float
+    divergence: float
+
+
 class Subject(NamedTuple):
-    """What is packed: a model's weights, their Hessians, and how to score weights; None: not at all."""
+    """What is packed: a model's weights, their calibration, and how to score weights; None: not at all."""
 
     config: GPTConfig
     state: dict[str, Tensor]
-    hessians: dict[str, Tensor]
-    score: Callable[[Quantization | None], float] | None
+    calibration: dict[str, Tensor]
+    score: Callable[[Quantization | None], Scored] | None
 
 
 class Row(NamedTuple):
@@ -102,6 +118,7 @@ class Row(NamedTuple):
     """Mean over roles of the weighted error, against the first row's."""
     bits_per_byte: float
     lost: float
+    divergence: float
     quantise_s: float
     pack_s: float
     read_s: float
@@ -112,8 +129,10 @@ def main(words: list[str]) -> None:
     arguments = parse(Arguments, words, script="niblick.bench.artifact", about=__doc__)
     if arguments.preset not in PRESETS:
         raise ConfigError(f"--preset: expected one of {', '.join(PRESETS)}, got {arguments.preset}")
-    ways = chosen_ways(arguments.ways)
+    ways = chosen_ways(arguments.ways, arguments.checkpoint != "simulated")
     base = PRESETS[arguments.preset].artifact
+    if arguments.calibration_tokens:
+        base = replace(base, calibration_batches=1, calibration_tokens=arguments.calibration_tokens)
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     subject = simulated() if arguments.checkpoint == "simulated" else loaded(arguments, base, device)
@@ -129,12 +148,14 @@ def main(words: list[str]) -> None:
         write_atomically(arguments.out, lambda file: file.write(text.encode()))
 
 
-def chosen_ways(names: tuple[str, ...]) -> dict[str, dict]:
-    """Those named, or all; unasked, none that needs an lrzip that is missing."""
+def chosen_ways(names: tuple[str, ...], real: bool) -> dict[str, dict]:
+    """Those named, or all; unasked, none that needs an lrzip that is missing, or a real model's loss."""
     for name in names:
         if name not in WAYS:
             raise ConfigError(f"--ways: expected some of {list(WAYS)}, got {name!r}")
-    chosen = {name: WAYS[name] for name in names or WAYS}
+    chosen = {name: WAYS[name] for name in names or WAYS if names or real or "allocation" not in WAYS[name]}
+    if "allocation" in next(iter(chosen.values())):
+        raise ConfigError(f"--ways: expected first one whose bytes the others get, got {next(iter(chosen))!r}")
     if any(way.get("container") == "lrzip" for way in chosen.values()):
         try:
             require_lrzip()
@@ -148,11 +169,13 @@ def chosen_ways(names: tuple[str, ...]) -> dict[str, dict]:
 
 def compare(subject: Subject, base: ArtifactConfig, ways: dict[str, dict], equal_bytes: bool) -> Iterator[Row]:
     """The rows of the first table, then, if wanted, those of the second."""
-    unquantised = subject.score(None) if subject.score else math.nan
+    unquantised = subject.score(None).bits if subject.score else math.nan
     reference, target, done = None, 0, {}
     for name, way in ways.items():
         start = time.perf_counter()
         settings = replace(base, **way)
+        if settings.allocation != "clips":
+            continue
         key = replace(settings, container="niblick", sort_rows=True)  # the container changes no integer
         if key not in done:
             done[key] = at_equal_error(subject, key, reference)
@@ -170,7 +193,7 @@ def compare(subject: Subject, base: ArtifactConfig, ways: dict[str, dict], equal
     own = {name: way for name, way in ways.items() if way["container"] == "niblick"}  # the others: minutes a trial
     for name, way in own.items() if equal_bytes else ():
         start = time.perf_counter()
-        settings, quantization, _ = fill(subject.state, replace(base, **way), subject.hessians, size_of, target)
+        settings, quantization, _ = fill(subject.state, replace(base, **way), subject.calibration, size_of, target)
         seconds = time.perf_counter() - start
         yield measured("equal bytes", name, subject, settings, quantization, reference, unquantised, seconds)
 
@@ -179,7 +202,7 @@ def at_equal_error(
     subject: Subject, settings: ArtifactConfig, reference: dict[str, Tensor] | None
 ) -> tuple[ArtifactConfig, Quantization]:
     """Clips for which every group of roles has the weighted error of the reference; error grows with step squared."""
-    quantization = quantize(subject.state, settings, subject.hessians)
+    quantization = quantize(subject.state, settings, subject.calibration)
     for _ in range(2 if reference else 0):
         factors = {
             clip: math.exp(-_mean_log(quantization.error, reference, start) / 2) for clip, start in GROUPS.items()
@@ -187,7 +210,7 @@ def at_equal_error(
         if all(abs(math.log(factor)) < 0.0005 for factor in factors.values()):
             break
         settings = replace(settings, **{clip: factor * getattr(settings, clip) for clip, factor in factors.items()})
-        quantization = quantize(subject.state, settings, subject.hessians)
+        quantization = quantize(subject.state, settings, subject.calibration)
     return settings, quantization
 
 
@@ -211,10 +234,10 @@ def measured(
         read_artifact(path)
         read = time.perf_counter() - began
     decibels = 10 / math.log(10) * _mean_log(quantization.error, reference) if reference else 0.0
-    bits = subject.score(quantization) if subject.score else math.nan
+    bits, divergence = subject.score(quantization) if subject.score else (math.nan, math.nan)
     clips = (settings.attention_clip, settings.mlp_clip, settings.embedding_clip)
     return Row(
-        table, name, len(data), decibels, bits, bits - unquantised, quantise_s, packed - start, read, clips
+        table, name, len(data), decibels, bits, bits - unquantised, divergence, quantise_s, packed - start, read, clips,
     )  # fmt: skip
 
 
@@ -224,12 +247,13 @@ def _mean_log(error: dict[str, Tensor], reference: dict[str, Tensor], start: str
 
 
 def rendered(title: str, rows: list[Row]) -> Table:
-    table = Table("way", "bytes", "saved", "dB", "bits/byte", "lost", "quantise s", "pack s", "read s", title=title)
+    heads = ["way", "bytes", "saved", "dB", "bits/byte", "lost", "diverged", "quantise s", "pack s", "read s"]
+    table = Table(*heads, title=title)
     for row in rows:
         table.add_row(
             row.way, f"{row.model_bytes:,}", f"{rows[0].model_bytes - row.model_bytes:,}", f"{row.error_db:+.3f}",
-            f"{row.bits_per_byte:.5f}", f"{row.lost:.5f}", f"{row.quantise_s:.1f}", f"{row.pack_s:.1f}",
-            f"{row.read_s:.1f}",
+            f"{row.bits_per_byte:.5f}", f"{row.lost:.5f}", f"{row.divergence:.5f}", f"{row.quantise_s:.1f}",
+            f"{row.pack_s:.1f}", f"{row.read_s:.1f}",
         )  # fmt: skip
     return table
 
@@ -253,21 +277,24 @@ def loaded(arguments: Arguments, base: ArtifactConfig, device: torch.device) -> 
         rank=0, world_size=1, prefetch=1, vocab_size=config.vocab_size, pin_memory=False, cursor=None,
     )  # fmt: skip
     with rows as batches:
-        hessians = calibrate(model, replace(base, rounding="gptq"), batches, 0)
+        calibration = calibrate(model, replace(base, rounding="gptq", allocation="rows"), batches, 0)
     held_out = ValidationSet.load(
         find_shards(arguments.data, "val"), tokenizers.find(arguments.data), vocab_size=config.vocab_size,
         bos_id=config.bos_id, max_tokens=arguments.max_tokens,
     )  # fmt: skip
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    def score(quantization: Quantization | None) -> float:
+    diverged = Divergence(model, held_out)
+
+    def score(quantization: Quantization | None) -> Scored:
         if quantization is None:
             model.load_state_dict(kept)
         else:
             set_weights(model, quantization.tensors)
-        return evaluate_model(model, held_out, EvalConfig(sequence_length=row)).bits_per_byte
+        bits = evaluate_model(model, held_out, EvalConfig(sequence_length=row)).bits_per_byte
+        return Scored(bits, diverged(model))
 
-    return Subject(config, kept, hessians, score)
+    return Subject(config, kept, calibration, score)
 
 
 def read_checkpoint(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -351,6 +351,10 @@ class ArtifactConfig:
     """Steps follow a row's standard deviation to this power; 0: equal steps in all rows of a matrix."""
     hessian_clip: float = 0.0
     """Strength of the Hessian-aware clip (PR #1412)."""
+    allocation: Literal["clips", "roles", "matrices", "rows"] = "clips"
+    """Where bits go: as the clips say, or to where the loss needs them, evened out over whole roles, matrices or rows;
+    the clips then say only how many there are in all. Takes eight backward passes with the calibration, and integers
+    of up to eight bits, which `--weights packed` does not."""
     steps_per_octave: int = 0
     """Steps are powers of 2^(1/n), which cost few bytes; 0: any float16."""
 
@@ -397,6 +401,10 @@ class ArtifactConfig:
         _require(
             not (self.states and self.container != "niblick"),
             f"artifact.rounding {self.rounding} needs artifact.container niblick: got {self.container}",
+        )
+        _require(
+            self.allocation == "clips" or self.rounding != "nearest",
+            f"artifact.allocation {self.allocation} needs artifact.rounding gptq or a trellis: got nearest",
         )
         _require(
             not (self.states and self.value_dedup > 1),

@@ -83,6 +83,13 @@ def test_the_error_is_the_weighted_one(kind, choose):
     assert (rounded.q[0][:, ~alive] == 0).all(), "a dead column is zeros"
 
 
+def test_the_trellis_shrinks_no_weight():
+    """Errors of one sign add up through the layers, which their squares do not show."""
+    targets = 4 * torch.randn(30, 2048, generator=torch.Generator().manual_seed(5))
+    found = along_rows(127, 8)(targets)
+    assert abs((found * targets).sum() / targets.square().sum() - 1) < 0.003
+
+
 def test_the_error_is_far_below_that_of_rounding():
     weight, hessian, scale = case("random")
     rounded = gptq(weight, factorise("x", hessian), scale, nearest(LARGEST))

@@ -9,8 +9,9 @@ import torch
 from configs import REFERENCE
 from numerics import assert_close_f32
 
+from niblick.artifact.calibration import calibrate
 from niblick.artifact.errors import ArtifactError
-from niblick.artifact.hessians import calibrate, collect_hessians, generate_rows
+from niblick.artifact.hessians import collect_hessians, generate_rows
 from niblick.artifact.quantize import quantize
 from niblick.model.config import ArtifactConfig, GPTConfig
 from niblick.model.gpt import GPT

@@ -9,7 +9,7 @@ from niblick.artifact.errors import ArtifactError
 from niblick.artifact.load import pack_for_inference
 from niblick.artifact.quantize import quantize
 from niblick.artifact.records import RowIntegers, SmallIntegers, dequantize
-from niblick.artifact.steps import row_steps
+from niblick.artifact.steps import all_steps
 from niblick.kernels.int6_linear import int6_unpack
 from niblick.model.config import ArtifactConfig
 from niblick.model.gpt import BANKS
@@ -165,7 +165,10 @@ def test_gptq_needs_hessians():
 def test_the_hessian_aware_clip_follows_its_definition():
     weight = random(2, 8, 128).double()
     hessian = torch.diag_embed(random(2, 128, seed=1).square().double() + 0.1)
-    plain, found = (row_steps("mlp_up", weight, replace(CONFIG, hessian_clip=lam), hessian) for lam in (0.0, 0.175))
+    plain, found = (
+        all_steps({"mlp_up": weight}, replace(CONFIG, hessian_clip=lam), {"mlp_in": hessian})["mlp_up"].scale
+        for lam in (0.0, 0.175)
+    )
     for i in range(2):
         diagonal = hessian[i].diagonal() / hessian[i].diagonal().mean()
         rows = (weight[i].abs() * diagonal).mean(-1)

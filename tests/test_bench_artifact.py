@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from configs import REFERENCE
@@ -10,8 +11,11 @@ from numerics import EQUAL_ERROR_DB
 from safetensors.torch import save_file
 
 from niblick.artifact.fill import SLACK
+from niblick.artifact.matrices import ROLES, split_roles
 from niblick.bench import artifact as bench
+from niblick.bench.divergence import Divergence
 from niblick.data.command_line import guarded
+from niblick.evaluation.validation import ValidationSet
 from niblick.model.config import ArtifactConfig, ConfigError, GPTConfig
 from niblick.model.gpt import GPT
 
@@ -22,7 +26,7 @@ CONFIG = GPTConfig(vocab_size=512, num_layers=4, model_dim=64, num_heads=2, num_
 def test_rows_at_equal_error_and_at_equal_bytes():
     subject = bench.simulated(CONFIG)
     scored = []
-    subject = subject._replace(score=lambda quantization: scored.append(quantization) or len(scored))
+    subject = subject._replace(score=lambda quantization: scored.append(quantization) or bench.Scored(len(scored), 0.5))
     names = ("brotli", "range coder", "trellis, 8 states")
     rows = list(bench.compare(subject, ArtifactConfig(), {name: bench.WAYS[name] for name in names}, True))
     assert [row.way for row in rows] == [*names, "range coder", "trellis, 8 states"]
@@ -33,6 +37,44 @@ def test_rows_at_equal_error_and_at_equal_bytes():
     assert full[1].error_db < full[0].error_db <= 0, "bytes to spare buy precision"
     assert scored[0] is None and [row.lost for row in rows] == [1, 2, 3, 4, 5]
     assert bench.rendered("x", rows).row_count == 5
+
+
+def test_ways_that_choose_where_bits_go_are_compared_at_equal_bytes():
+    subject = bench.simulated(CONFIG)
+    sensitivity = {
+        role: torch.rand(tensor.shape[:2]) * 1e-3
+        for role, tensor in split_roles(subject.state).items()
+        if role in ROLES
+    }
+    subject = subject._replace(calibration=subject.calibration | sensitivity)
+    ways = {name: bench.WAYS[name] for name in ("range coder, small parts", "bits by row")}
+    rows = list(bench.compare(subject, ArtifactConfig(), ways, True))
+    assert [(row.table, row.way) for row in rows] == [
+        ("equal error", "range coder, small parts"), ("equal bytes", "range coder, small parts"),
+        ("equal bytes", "bits by row"),
+    ]  # fmt: skip
+    assert 0 <= rows[0].model_bytes - rows[2].model_bytes <= SLACK
+    assert "bits by row" in bench.chosen_ways((), real=True)
+    assert not any("allocation" in way for way in bench.chosen_ways((), real=False).values())
+
+
+def test_divergence_is_of_the_predictions():
+    """None of the same model; of another, the sum over rows of p log(p / q), per byte."""
+    model, other = GPT(CONFIG).eval(), GPT(CONFIG, seed=1).eval()
+    with torch.no_grad():
+        for m in (model, other):
+            m.embedding *= 20
+    n = 3 * CONFIG.max_segment // 2
+    tokens = np.random.default_rng(0).integers(2, 512, n)
+    held_out = ValidationSet(tokens, np.full(n, 3, np.int16))
+    diverged = Divergence(model, held_out)
+    assert diverged(model) == 0
+    row = torch.from_numpy(tokens[: CONFIG.max_segment])
+    starts = torch.tensor([0, len(row)]).int()
+    with torch.no_grad():
+        p, q = ((30 * torch.tanh(m.head(m.hidden(row, starts)) / 30)).double().softmax(-1) for m in (model, other))
+    expected = (p * (p / q).log2()).sum() / (3 * len(row))
+    assert expected > 0.01 and diverged(other) == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_a_checkpoint_of_training_is_read(tmp_path):
@@ -54,6 +96,7 @@ def test_a_checkpoint_of_training_is_read(tmp_path):
         (["nowhere", "--data", "."], "nowhere: expected a checkpoint of train.py, found none"),
         (["simulated", "--preset", "pr1"], "--preset: expected one of demo"),
         (["simulated", "--ways", "zip"], "--ways: expected some of"),
+        (["simulated", "--ways", "bits by row"], "--ways: expected first one whose bytes the others get"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):

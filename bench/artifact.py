@@ -5,7 +5,7 @@
 
 The first table is at equal Hessian-weighted error: the containers on the same integers of GPTQ, then trellises with the
 steps that leave the same error in each group of clips. The second is at equal bytes: every way fills up to the size of
-the first table's first row; ways that choose where bits go are in this one only. "diverged" is as "lost", with far less
+the first table's first row, or --target-bytes; ways that choose where bits go are in this one only. "diverged" is as "lost", with far less
 noise (`divergence`). FOLDER holds training and validation shards and a tokenizer. `simulated` has weights of the
 record's shapes, with a spread over columns that explains the published sizes, and no score.
 """
@@ -85,6 +85,8 @@ class Arguments:
     """Rows of the table; default: all, those with lrzip where it is installed."""
     equal_bytes: bool = True
     """Also the second table, which quantises every way two to four times more."""
+    target_bytes: int = 0
+    """Of the second table; 0: as many as the first row of the first has."""
     max_tokens: int = 0
     """Of the held-out text; 0: all."""
     calibration_tokens: int = 0
@@ -137,7 +139,7 @@ def main(words: list[str]) -> None:
     device = torch.device("cuda" if cuda else "cpu")
     subject = simulated() if arguments.checkpoint == "simulated" else loaded(arguments, base, device)
     rows = []
-    for row in compare(subject, base, ways, arguments.equal_bytes):
+    for row in compare(subject, base, ways, arguments.equal_bytes, arguments.target_bytes):
         rows.append(row)
         print(f"{row.table}: {row.way}: {row.model_bytes:,} bytes, {row.error_db:+.3f} dB", flush=True)
     console = Console(width=max(Console().width, WIDTH))
@@ -167,10 +169,12 @@ def chosen_ways(names: tuple[str, ...], real: bool) -> dict[str, dict]:
     return chosen
 
 
-def compare(subject: Subject, base: ArtifactConfig, ways: dict[str, dict], equal_bytes: bool) -> Iterator[Row]:
+def compare(
+    subject: Subject, base: ArtifactConfig, ways: dict[str, dict], equal_bytes: bool, target_bytes: int = 0
+) -> Iterator[Row]:
     """The rows of the first table, then, if wanted, those of the second."""
     unquantised = subject.score(None).bits if subject.score else math.nan
-    reference, target, done = None, 0, {}
+    reference, target, done = None, target_bytes, {}
     for name, way in ways.items():
         start = time.perf_counter()
         settings = replace(base, **way)
@@ -184,7 +188,7 @@ def compare(subject: Subject, base: ArtifactConfig, ways: dict[str, dict], equal
         seconds = time.perf_counter() - start
         row = measured("equal error", name, subject, settings, quantization, reference, unquantised, seconds)
         if reference is None:
-            reference, target = quantization.error, row.model_bytes
+            reference, target = quantization.error, target_bytes or row.model_bytes
         yield row
 
     def size_of(quantization: Quantization, settings: ArtifactConfig) -> int:

@@ -54,6 +54,9 @@ def test_ways_that_choose_where_bits_go_are_compared_at_equal_bytes():
         ("equal bytes", "bits by row"),
     ]  # fmt: skip
     assert 0 <= rows[0].model_bytes - rows[2].model_bytes <= SLACK
+    smaller = rows[0].model_bytes * 9 // 10
+    *_, last = bench.compare(subject, ArtifactConfig(), ways, True, smaller)
+    assert 0 <= smaller - last.model_bytes <= SLACK and last.error_db > rows[2].error_db
     assert "bits by row" in bench.chosen_ways((), real=True)
     assert not any("allocation" in way for way in bench.chosen_ways((), real=False).values())
 

@@ -5,9 +5,9 @@
 
 The first table is at equal Hessian-weighted error: the containers on the same integers of GPTQ, then trellises with the
 steps that leave the same error in each group of clips. The second is at equal bytes: every way fills up to the size of
-the first table's first row, or --target-bytes; ways that choose where bits go are in this one only. "diverged" is as "lost", with far less
-noise (`divergence`). FOLDER holds training and validation shards and a tokenizer. `simulated` has weights of the
-record's shapes, with a spread over columns that explains the published sizes, and no score.
+the first table's first row, or to --target-bytes; ways that choose where bits go are in this one only. "diverged" is as
+"lost", with far less noise (`divergence`). FOLDER holds training and validation shards and a tokenizer. `simulated` has
+weights of the record's shapes, with a spread over columns that explains the published sizes, and no score.
 """
 
 import json

@@ -30,6 +30,7 @@ looking for one would stall the GPU (check_targets). An ignored row's loss is 0 
 are the kernels' numbers times 0, and so NaN, in dweight too, where x of that row is.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -44,7 +45,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 ROUNDS_BETWEEN = True  # E and the rows scaled by r are rounded to 16 bits between the GEMMs, as eager's logits are
 # NVIDIA H200, 2026-11-20. rows: of E at once, three waves of 132 times 128; bytes: of E at most, whatever V is.
 # hopper: its shared memory holds four stages at D = 512; maxnreg is 65536 registers for 12 warps.

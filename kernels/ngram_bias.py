@@ -25,6 +25,7 @@ ignore_index, or a row outside [-1, R), makes its row NaN (but see check_targets
 From: the n-gram logit bias of taka6745/paramgolf, whose tables are made by niblick.model.ngram_tables.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -33,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Columns that a program holds at once, at most, and a warp of it, by the bytes of a table's entry. NVIDIA H200,
 # 2026-11-20.
 LAUNCH = {"BLOCK_V": 8192, "columns_per_warp": {2: 2048, 4: 1024}}

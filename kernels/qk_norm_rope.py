@@ -26,6 +26,7 @@ Refuses: other dtypes, channels that are not adjacent, d > 256, cos or sin that 
 From: modded-nanogpt (normalised queries and keys, half-split rotary); the gain per head is that of the challenge.
 """
 
+import re
 from collections.abc import Callable
 from functools import lru_cache, wraps
 
@@ -35,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 EPS = 2.0**-23  # float32's, as torch.nn.functional.rms_norm takes it for 16-bit input too
 # Query heads per program, at most; programs a split of the heads, each of which takes every programs-th step; warps;
 # stages of the pipeline of loads. NVIDIA H200, 2026-11-20.

@@ -27,6 +27,7 @@ its gradient is the kernel's numbers times 0, and so NaN where a logit of that r
 From: PR #1855 (the cap) and PR #1923 (a cap for each sign) of the challenge; the sigmoid is modded-nanogpt's.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -36,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Columns that a program holds at once, at most, and a warp of it; SHARED and AHEAD are explained where they are used.
 # NVIDIA H200, 2026-11-20.
 LAUNCH = {

@@ -25,6 +25,7 @@ Refuses: other dtypes, channels that are not adjacent, d > 256, W > 64, an x wid
 From: exclusive self-attention (XSA) and sparse head gates as in PR #1855 of the challenge.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -34,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Elements of v per program. And, for the gradients of the gate's inputs, elements of a product per step; programs, each
 # of which takes every programs-th step; warps; stages of the pipeline of loads. NVIDIA H200, 2026-11-20.
 LAUNCH = {

@@ -81,7 +81,12 @@ def linear_softcapped_ce_ref(
     loss = loss * counted
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum()
+    return loss.sum() if reduction == "sum" else _linear_ce_mean(loss.sum(), counted.sum())
+
+
+def _linear_ce_mean(total: Tensor, count: Tensor) -> Tensor:
+    """total / count; NaN for a count of 0, through which no gradient passes, where 1 / 0 would bring inf times 0."""
+    return torch.where(count == 0, torch.nan, total / torch.where(count == 0, 1.0, count))
 
 
 # ------------------------------------------------------------------------------------------------------- any card
@@ -616,8 +621,8 @@ def linear_softcapped_ce(
     Arguments as torch.nn.functional.linear_cross_entropy, with softcap, and per-token in place of per-class weights.
     x: (N, D), weight: (V, D), both bfloat16 or float32, columns adjacent; float64 on CPU only.
     targets: (N,) int64 or int32, in [0, V) or ignore_index, whose rows count for nothing. weights: (N,), no gradient.
-    reduction: "mean" divides by the sum of the weights of the rows that count, NaN if it is zero; "sum"; "none" gives
-    (N,), without gradients only.
+    reduction: "mean" divides by the sum of the weights of the rows that count, NaN if it is zero (its
+    gradients then are 0); "sum"; "none" gives (N,), without gradients only.
     fp8: multiply x and weight to logits in e4m3, each scaled by its largest value (compute capability 8.9 and up); the
     gradients' GEMMs stay in bfloat16. Logits then carry an error of about 4 % of their standard deviation.
     check_targets: look for a target out of range, which stalls the GPU; without it such a row's loss and gradient in x
@@ -686,7 +691,7 @@ def linear_softcapped_ce(
     if reduction == "sum":
         return total
     counted = (targets != ignore_index).to(total.dtype)
-    return total / (counted if weights is None else counted * weights.to(total.dtype)).sum()
+    return _linear_ce_mean(total, (counted if weights is None else counted * weights.to(total.dtype)).sum())
 
 
 # --- not needed when lifted ---

@@ -108,7 +108,20 @@ def test_all_rows_ignored() -> None:
     tensors["targets"][:] = 7
     got = results(linear_softcapped_ce, tensors, ignore_index=7, reduction="sum")
     assert got["loss"] == 0 and not got["x"].any() and not got["weight"].any()
-    assert linear_softcapped_ce(**tensors, ignore_index=7).isnan()  # no row to take the mean of, as in torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("why", ["ignored", "no rows", "weightless"])
+def test_mean_over_nothing(why: str, dtype: torch.dtype) -> None:
+    """NaN, as in torch, but with gradients that leave the parameters as they are."""
+    tensors = arguments(0 if why == "no rows" else 3, 50, 8, dtype)
+    if why == "ignored":
+        tensors["targets"][:] = -100
+    elif why == "weightless":
+        tensors["weights"] = torch.zeros(3, device=DEVICE)
+    for fn in (linear_softcapped_ce, linear_softcapped_ce_ref):
+        got = results(fn, tensors)
+        assert got["loss"].isnan() and not got["x"].any() and not got["weight"].any()
 
 
 @pytest.mark.parametrize("V", [1, 2, 65])

@@ -631,6 +631,9 @@ def linear_softcapped_ce(
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     me = "linear_softcapped_ce"
+    for name, tensor in (("x", x), ("weight", weight), ("targets", targets), ("weights", weights)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "weights"):
+            raise TypeError(f"{me}: expected {name} as a tensor, got {type(tensor).__name__}")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{me}: expected x of shape (N, D), got {tuple(x.shape)}")
     if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != x.shape[1]:
@@ -644,8 +647,6 @@ def linear_softcapped_ce(
             raise TypeError(f"{me}: expected {name} in {x.dtype} as x, got {tensor.dtype}")
         if tensor.stride(1) != 1 and tensor.shape[1] > 1:
             raise ValueError(f"{me}: expected {name} with adjacent columns, got strides {tensor.stride()}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{me}: expected targets as a tensor, got {type(targets).__name__}")
     for name, tensor in (("targets", targets), ("weights", weights)):
         if tensor is not None and tensor.shape != x.shape[:1]:
             raise ValueError(f"{me}: expected {name} of shape ({len(x)},), one a row, got {tuple(tensor.shape)}")
@@ -662,6 +663,8 @@ def linear_softcapped_ce(
         raise TypeError(f"{me}: expected softcap as a number, got {type(softcap).__name__}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{me}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{me}: expected ignore_index in 64 bits, got {ignore_index}")
     if not 0 < softcap <= 64:
         raise ValueError(f"{me}: expected 0 < softcap <= 64, got {softcap}")
     if reduction not in ("mean", "sum", "none"):

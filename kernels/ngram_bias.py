@@ -363,18 +363,27 @@ def ngram_bias(
     if check_targets:
         _ngram_bias_check_values(name, logits, targets, table, rows, ignore_index)
     wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
+    if upstream is not None:
+        if not isinstance(upstream, (int, float)) or isinstance(upstream, bool):
+            raise TypeError(f"{name}: expected upstream as a number, got {type(upstream).__name__}")
+        if not abs(upstream) <= torch.finfo(wide).max:
+            raise ValueError(f"{name}: expected a finite upstream in {wide}, got {upstream}")
     if reduction == "mean":
         w = (targets != ignore_index).to(wide)
         w = w if weights is None else w * weights
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
-        promised = torch.full((), upstream, dtype=wide, device=logits.device)
+        promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
     loss = _op(logits, targets, table, rows, factors, weights, promised, float(softcap), ignore_index)[0]
     return _ngram_bias_reduce(loss, w, reduction)
 
 
 def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, weights, ignore_index) -> None:
+    tensors = {"logits": logits, "targets": targets, "table": table, "rows": rows, "factors": factors}
+    for what, tensor in (tensors | {"weights": weights}).items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or what != "weights"):
+            raise TypeError(f"{name}: expected {what} as a tensor, got {type(tensor).__name__}")
     wide = torch.promote_types(logits.dtype, torch.float32)
     floats = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if logits.device.type == "cpu" else ()))
     tables = (*floats[:3], *((torch.float64,) if logits.dtype == torch.float64 else ()))
@@ -410,6 +419,8 @@ def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, w
             raise ValueError(f"{name}: expected {what} with adjacent columns, stride 1, got {tensor.stride()}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{name}: expected ignore_index in 64 bits, got {ignore_index}")
     if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
         raise TypeError(f"{name}: expected softcap as a number, got {type(softcap).__name__}")
     if not 0 < softcap <= LARGEST:

@@ -381,6 +381,10 @@ def qk_norm_rope(
     Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype or
     another type.
     """
+    named = {"q": q, "k": k, "cos": cos, "sin": sin, "gain": gain}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name not in ("k", "gain")):
+            raise TypeError(f"qk_norm_rope: expected {name} to be a tensor, got {type(tensor).__name__}")
     if (k is None) == (kv_heads is None):
         got = "neither" if k is None else "both"
         raise ValueError(f"qk_norm_rope: expected k or, for a fused projection, k=None and kv_heads, got {got}")
@@ -406,7 +410,6 @@ def qk_norm_rope(
         raise TypeError(f"qk_norm_rope: expected eps to be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"qk_norm_rope: expected a finite eps > 0, got {eps}")
-    named = {"q": q, "k": k, "cos": cos, "sin": sin, "gain": gain}
     allowed = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (q.device.type == "cpu")
     for name, tensor in named.items():
         if tensor is None:

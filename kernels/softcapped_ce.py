@@ -514,12 +514,17 @@ def softcapped_ce(
     if check_targets:
         _softcapped_ce_check_targets(name, targets, logits.shape[1], ignore_index)
     wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
+    if upstream is not None:
+        if not _softcapped_ce_is_number(upstream):
+            raise TypeError(f"{name}: expected upstream as a number, got {type(upstream).__name__}")
+        if not abs(upstream) <= torch.finfo(wide).max:
+            raise ValueError(f"{name}: expected a finite upstream in {wide}, got {upstream}")
     if reduction == "mean":
         w = (targets != ignore_index).to(wide)
         w = w if weights is None else w * weights
     wanted = torch.is_grad_enabled() and (logits.requires_grad or (caps is not None and caps.requires_grad))
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
-        promised = torch.full((), upstream, dtype=wide, device=logits.device)
+        promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
     loss = _op(logits, targets, weights, caps, promised, cap, float(z_loss), ignore_index, None)[0]
     return _softcapped_ce_reduce(loss, w, reduction)
@@ -571,6 +576,9 @@ def _softcapped_ce_validate(
     name, logits, targets, softcap, softcap_negative, weights, ignore_index, z_loss
 ) -> tuple[list[float], Tensor | None]:
     """A, B, C and floor of z = floor + A σ((x + B) / C); and tensor caps as (2,), for which A / C = 4."""
+    for what, tensor in (("logits", logits), ("targets", targets), ("weights", weights)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or what != "weights"):
+            raise TypeError(f"{name}: expected {what} as a tensor, got {type(tensor).__name__}")
     got, wide = tuple(logits.shape), torch.promote_types(logits.dtype, torch.float32)
     if logits.ndim != 2 or got[-1] == 0:
         raise ValueError(f"{name}: expected logits of shape (n_rows, V), got {got}")
@@ -580,8 +588,6 @@ def _softcapped_ce_validate(
         raise TypeError(f"{name}: expected {expected}, got {logits.dtype} on {logits.device}")
     if logits.stride(1) != 1 and got[1] != 1:
         raise ValueError(f"{name}: expected logits with adjacent columns, stride 1, got {logits.stride()}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name}: expected targets as a tensor, got {type(targets).__name__}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected targets in int64 or int32, got {targets.dtype}")
     for what, tensor in (("targets", targets), ("weights", weights)):
@@ -597,6 +603,8 @@ def _softcapped_ce_validate(
             raise ValueError(f"{name}: expected {what} on {logits.device}, got {tensor.device}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{name}: expected ignore_index in 64 bits, got {ignore_index}")
     if not _softcapped_ce_is_number(z_loss):
         raise TypeError(f"{name}: expected z_loss as a number, got {type(z_loss).__name__}")
     if not 0 <= z_loss < float("inf"):

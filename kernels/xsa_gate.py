@@ -391,6 +391,10 @@ def xsa_gate(
     Returns (N, H, d), contiguous, in y's dtype. Differentiable once, in all five tensors.
     Raises ValueError for a shape, layout, device, number or combination, TypeError for a dtype or another type.
     """
+    named = {"y": y, "v": v, "x": x, "gate_weight": gate_weight, "gate_logits": gate_logits}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "y"):
+            raise TypeError(f"xsa_gate: expected {name} to be a tensor, got {type(tensor).__name__}")
     if y.ndim != 3 or 0 in y.shape[1:] or y.shape[2] > 256:
         raise ValueError(f"xsa_gate: expected y of shape (N, H, d), d <= 256, got {tuple(y.shape)}")
     N, H, d = y.shape
@@ -408,7 +412,6 @@ def xsa_gate(
         raise ValueError(f"xsa_gate: expected x of shape {expected}, such as stream[:, :W], got {tuple(x.shape)}")
     if gate_logits is not None and gate_logits.shape != (N, H):
         raise ValueError(f"xsa_gate: expected gate_logits of shape ({N}, {H}), got {tuple(gate_logits.shape)}")
-    named = {"y": y, "v": v, "x": x, "gate_weight": gate_weight, "gate_logits": gate_logits}
     for name, tensor in ((name, tensor) for name, tensor in named.items() if tensor is not None):
         dtypes = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (y.device.type == "cpu")
         if name != "y":

@@ -210,10 +210,17 @@ BAD = {
     "half factors": ({"factors": torch.zeros(6, 3).half()}, TypeError, "expected factors in torch.float32"),
     "elsewhere": ({"rows": torch.zeros(6, 3, device="meta").long()}, ValueError, "expected rows on .* got meta"),
     "weights": ({"weights": torch.zeros(5)}, ValueError, r"weights of shape \(6,\), got \(5,\)"),
+    **{f"{what} in a list": ({what: [[0]]}, TypeError, f"{what} as a tensor, got list")
+       for what in ("logits", "targets", "table", "rows", "factors", "weights")},
+    "no table": ({"table": None}, TypeError, "table as a tensor, got NoneType"),
+    "ignore_index": ({"ignore_index": -(2**63) - 1}, ValueError, "ignore_index in 64 bits, got -9223372036854775809"),
+    "upstream in text": ({"upstream": "1.0"}, TypeError, "upstream as a number, got str"),
+    "upstream 1e300": ({"upstream": 1e300}, ValueError, r"a finite upstream in torch.float32, got 1e\+300"),
+    "upstream nan": ({"upstream": math.nan}, ValueError, "a finite upstream in torch.float32, got nan"),
     "softcap": ({"softcap": 0.0}, ValueError, "expected 0 < softcap <= 10000, got 0.0"),
     "softcap to learn": ({"softcap": torch.tensor(30.0)}, TypeError, "softcap as a number, got Tensor"),
     "reduction": ({"reduction": "max"}, ValueError, "got 'max'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

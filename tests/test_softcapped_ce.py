@@ -420,7 +420,9 @@ REFUSED = {
     "too few targets": ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(4,\).*got \(3,\)"),
     "float targets": ({"targets": torch.zeros(4)}, TypeError, "int64 or int32, got torch.float32"),
     "targets elsewhere": ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
+    "logits in numpy": ({"logits": torch.zeros(4, 5).numpy()}, TypeError, "logits as a tensor, got ndarray"),
     "targets in a list": ({"targets": [0, 1, 2, 3]}, TypeError, "targets as a tensor, got list"),
+    "weights in a list": ({"weights": [1.0]}, TypeError, "weights as a tensor, got list"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "0 < softcap <= 10000, got 0.0"),
     "softcap nan": ({"softcap": float("nan")}, ValueError, "0 < softcap <= 10000, got nan"),
     "softcap inf": ({"softcap": float("inf")}, ValueError, "0 < softcap <= 10000, got inf"),
@@ -450,6 +452,12 @@ REFUSED = {
     "z_loss a tensor": ({"z_loss": torch.ones(())}, TypeError, "z_loss as a number, got Tensor"),
     "z_loss true": ({"z_loss": True}, TypeError, "z_loss as a number, got bool"),
     "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index as an int, got float"),
+    "ignore_index 2^70": ({"ignore_index": 2**70}, ValueError, "ignore_index in 64 bits, got 1180591620717411303424"),
+    "upstream in text": ({"upstream": "1.0"}, TypeError, "upstream as a number, got str"),
+    "upstream a tensor": ({"upstream": torch.ones(())}, TypeError, "upstream as a number, got Tensor"),
+    "upstream 1e300": ({"upstream": 1e300}, ValueError, r"a finite upstream in torch.float32, got 1e\+300"),
+    "upstream nan": ({"upstream": float("nan")}, ValueError, "a finite upstream in torch.float32, got nan"),
+    "upstream -inf": ({"upstream": float("-inf")}, ValueError, "a finite upstream in torch.float32, got -inf"),
     "reduction": ({"reduction": "average"}, ValueError, "got 'average'"),
 }
 REFUSED_AND_GRAD = {

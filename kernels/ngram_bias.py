@@ -310,6 +310,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dloss, _):
     if ctx.written:
+        if torch.is_grad_enabled():
+            got = "create_graph=True with upstream, whose gradient is written already and would count as a constant"
+            raise RuntimeError(f"ngram_bias: expected a backward() that is not differentiated, got {got}")
         promised, dlogits = ctx.saved_tensors
         both = (t[:1] if t.stride(0) == 0 else t for t in (dloss, promised))  # expanded: one number for all rows
         kept = torch.isclose(*both, 1e-5, 0.0, equal_nan=True).all()
@@ -350,8 +353,9 @@ def ngram_bias(
     upstream: the gradient that backward() will bring to this result, where the caller knows it: 1.0 for
         loss.backward(), 0.125 for (loss / 8).backward(). The gradient is then written while logits and table are read
         for the loss, and backward() hands it out. Should it bring anything else (by more than 1e-5 of it), it raises
-        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right; so it is, and
-        the promise is not needed, inside torch.compile before torch 2.11.
+        RuntimeError on a CPU and ends in a device-side assertion on a GPU; and for create_graph=True it raises
+        RuntimeError. None: any gradient is right; so it is, and the promise is not needed, inside torch.compile before
+        torch 2.11.
     check_targets: raise for a target or a row out of range, which makes the host wait; else its row's loss is NaN.
     Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in the logits.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.

@@ -115,6 +115,14 @@ def test_a_kept_promise_changes_no_bit_and_a_broken_one_is_loud() -> None:
             results(ngram_bias, inputs | {"upstream": 1.0}, 0.5)
 
 
+@pytest.mark.parametrize("upstream", [None, 1.0])
+def test_differentiable_once(upstream: float | None) -> None:
+    inputs = inputs_of(130, upstream=upstream)
+    with pytest.raises(RuntimeError, match="no autograd formula" if upstream is None else "create_graph=True"):
+        (gradient,) = torch.autograd.grad(ngram_bias(**inputs).sum(), inputs["logits"], create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), inputs["logits"])
+
+
 def test_opcheck_of_one_pass() -> None:
     inputs = inputs_of(300, torch.bfloat16)
     tensors = (inputs[key].detach() for key in ("logits", "targets", "table", "rows", "factors"))

@@ -139,6 +139,16 @@ def test_a_kept_promise_serves_two_backwards() -> None:
     assert torch.equal(logits.grad, want + want)
 
 
+@pytest.mark.parametrize("upstream", [None, 1.0])
+def test_differentiable_once(upstream: float | None) -> None:
+    """A gradient written in advance would count as a constant, and a penalty on it would be without effect."""
+    logits, targets = logits_and_targets(6, 300)
+    loss = softcapped_ce(logits, targets, upstream=upstream)
+    with pytest.raises(RuntimeError, match="no autograd formula" if upstream is None else "create_graph=True"):
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), logits)
+
+
 class Sizes(TorchDispatchMode):
     """Notes the ops whose result has a given shape."""
 

@@ -27,6 +27,7 @@ Refuses: other dtypes, channels that are not adjacent, W > D, token ids that are
 From: the embedding of modded-nanogpt, the smear gate of PR #1667 of the challenge with the mask of PR #1851.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -35,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # NVIDIA H200, 2026-11-20. A warp holds `elements` of a 16-bit row. Forward: rows a program (1: 60 % longer). Backward:
 # sorted tokens a program, and a limit on registers for 16-bit rows that lets 12 programs share a multiprocessor: the
 # 1,536 programs of 98,304 tokens then run at once (60 tokens, 1,639 programs: 25 % longer; 96: 13 %; no limit: 6 %).

@@ -29,6 +29,7 @@ Source: own layout; segments of two and four bits are the idea of FP6-LLM (Xia e
 OR into a mantissa that of FasterTransformer (Kim et al. 2022); the low-rank term is LQER (Zhang et al. 2024).
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -38,7 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 GROUP = 128  # K is a multiple of it: a strip is then at least one tl.dot deep
 SMALL_M = 128  # rows of x up to which the weights stay packed
 MAX_RANK = 64

@@ -36,6 +36,7 @@ From: LeakyReLU(0.5)² of PR #1855 of the challenge (ReLU²: So et al. 2021); th
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -46,7 +47,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 ROUNDS_BETWEEN = True  # y and the gradients are products of a and dh, which are rounded to x's dtype
 # programs: per multiprocessor, each looping over tiles; 0: one a tile. PARTS: pieces of a tile's columns stored apart.
 # At the record size, NVIDIA H200, 2026-11-20: "forward" 0.354 ms and "backward" 0.435 ms, cuBLAS without an epilogue

@@ -30,6 +30,7 @@ looking for one would stall the GPU (check_targets). An ignored row's loss is 0 
 are the kernels' numbers times 0, and so NaN, in dweight too, where x of that row is.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -44,7 +45,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 ROUNDS_BETWEEN = True  # E and the rows scaled by r are rounded to 16 bits between the GEMMs, as eager's logits are
 # NVIDIA H200, 2026-11-20. rows: of E at once, three waves of 132 times 128; bytes: of E at most, whatever V is.
 # hopper: its shared memory holds four stages at D = 512; maxnreg is 65536 registers for 12 warps.
@@ -79,7 +81,12 @@ def linear_softcapped_ce_ref(
     loss = loss * counted
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum()
+    return loss.sum() if reduction == "sum" else _linear_ce_mean(loss.sum(), counted.sum())
+
+
+def _linear_ce_mean(total: Tensor, count: Tensor) -> Tensor:
+    """total / count; NaN for a count of 0, through which no gradient passes, where 1 / 0 would bring inf times 0."""
+    return torch.where(count == 0, torch.nan, total / torch.where(count == 0, 1.0, count))
 
 
 # ------------------------------------------------------------------------------------------------------- any card
@@ -614,8 +621,8 @@ def linear_softcapped_ce(
     Arguments as torch.nn.functional.linear_cross_entropy, with softcap, and per-token in place of per-class weights.
     x: (N, D), weight: (V, D), both bfloat16 or float32, columns adjacent; float64 on CPU only.
     targets: (N,) int64 or int32, in [0, V) or ignore_index, whose rows count for nothing. weights: (N,), no gradient.
-    reduction: "mean" divides by the sum of the weights of the rows that count, NaN if it is zero; "sum"; "none" gives
-    (N,), without gradients only.
+    reduction: "mean" divides by the sum of the weights of the rows that count, NaN if it is zero (its
+    gradients then are 0); "sum"; "none" gives (N,), without gradients only.
     fp8: multiply x and weight to logits in e4m3, each scaled by its largest value (compute capability 8.9 and up); the
     gradients' GEMMs stay in bfloat16. Logits then carry an error of about 4 % of their standard deviation.
     check_targets: look for a target out of range, which stalls the GPU; without it such a row's loss and gradient in x
@@ -624,6 +631,9 @@ def linear_softcapped_ce(
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     me = "linear_softcapped_ce"
+    for name, tensor in (("x", x), ("weight", weight), ("targets", targets), ("weights", weights)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "weights"):
+            raise TypeError(f"{me}: expected {name} as a tensor, got {type(tensor).__name__}")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{me}: expected x of shape (N, D), got {tuple(x.shape)}")
     if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != x.shape[1]:
@@ -637,8 +647,6 @@ def linear_softcapped_ce(
             raise TypeError(f"{me}: expected {name} in {x.dtype} as x, got {tensor.dtype}")
         if tensor.stride(1) != 1 and tensor.shape[1] > 1:
             raise ValueError(f"{me}: expected {name} with adjacent columns, got strides {tensor.stride()}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{me}: expected targets as a tensor, got {type(targets).__name__}")
     for name, tensor in (("targets", targets), ("weights", weights)):
         if tensor is not None and tensor.shape != x.shape[:1]:
             raise ValueError(f"{me}: expected {name} of shape ({len(x)},), one a row, got {tuple(tensor.shape)}")
@@ -655,6 +663,8 @@ def linear_softcapped_ce(
         raise TypeError(f"{me}: expected softcap as a number, got {type(softcap).__name__}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{me}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{me}: expected ignore_index in 64 bits, got {ignore_index}")
     if not 0 < softcap <= 64:
         raise ValueError(f"{me}: expected 0 < softcap <= 64, got {softcap}")
     if reduction not in ("mean", "sum", "none"):
@@ -684,7 +694,7 @@ def linear_softcapped_ce(
     if reduction == "sum":
         return total
     counted = (targets != ignore_index).to(total.dtype)
-    return total / (counted if weights is None else counted * weights.to(total.dtype)).sum()
+    return _linear_ce_mean(total, (counted if weights is None else counted * weights.to(total.dtype)).sum())
 
 
 # --- not needed when lifted ---

@@ -20,6 +20,7 @@ Source: Jordan et al. 2024 (Muon); symmetric products as in Flash-Muon and Dion;
 such as Polar Express (Amsel et al. 2025).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 
@@ -28,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 ROUNDS_BETWEEN = True  # every product is rounded to g's dtype, and the next is taken of what rounding left
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 # Side of a tile, depth, pipeline stages and warps, for X X^T and for the polynomial. NVIDIA H200, 2026-11-20; float32,

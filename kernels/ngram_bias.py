@@ -25,6 +25,7 @@ ignore_index, or a row outside [-1, R), makes its row NaN (but see check_targets
 From: the n-gram logit bias of taka6745/paramgolf, whose tables are made by niblick.model.ngram_tables.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -33,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Columns that a program holds at once, at most, and a warp of it, by the bytes of a table's entry. NVIDIA H200,
 # 2026-11-20.
 LAUNCH = {"BLOCK_V": 8192, "columns_per_warp": {2: 2048, 4: 1024}}
@@ -308,6 +310,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dloss, _):
     if ctx.written:
+        if torch.is_grad_enabled():
+            got = "create_graph=True with upstream, whose gradient is written already and would count as a constant"
+            raise RuntimeError(f"ngram_bias: expected a backward() that is not differentiated, got {got}")
         promised, dlogits = ctx.saved_tensors
         both = (t[:1] if t.stride(0) == 0 else t for t in (dloss, promised))  # expanded: one number for all rows
         kept = torch.isclose(*both, 1e-5, 0.0, equal_nan=True).all()
@@ -348,8 +353,9 @@ def ngram_bias(
     upstream: the gradient that backward() will bring to this result, where the caller knows it: 1.0 for
         loss.backward(), 0.125 for (loss / 8).backward(). The gradient is then written while logits and table are read
         for the loss, and backward() hands it out. Should it bring anything else (by more than 1e-5 of it), it raises
-        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right; so it is, and
-        the promise is not needed, inside torch.compile before torch 2.11.
+        RuntimeError on a CPU and ends in a device-side assertion on a GPU; and for create_graph=True it raises
+        RuntimeError. None: any gradient is right; so it is, and the promise is not needed, inside torch.compile before
+        torch 2.11.
     check_targets: raise for a target or a row out of range, which makes the host wait; else its row's loss is NaN.
     Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in the logits.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
@@ -361,18 +367,27 @@ def ngram_bias(
     if check_targets:
         _ngram_bias_check_values(name, logits, targets, table, rows, ignore_index)
     wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
+    if upstream is not None:
+        if not isinstance(upstream, (int, float)) or isinstance(upstream, bool):
+            raise TypeError(f"{name}: expected upstream as a number, got {type(upstream).__name__}")
+        if not abs(upstream) <= torch.finfo(wide).max:
+            raise ValueError(f"{name}: expected a finite upstream in {wide}, got {upstream}")
     if reduction == "mean":
         w = (targets != ignore_index).to(wide)
         w = w if weights is None else w * weights
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
-        promised = torch.full((), upstream, dtype=wide, device=logits.device)
+        promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
     loss = _op(logits, targets, table, rows, factors, weights, promised, float(softcap), ignore_index)[0]
     return _ngram_bias_reduce(loss, w, reduction)
 
 
 def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, weights, ignore_index) -> None:
+    tensors = {"logits": logits, "targets": targets, "table": table, "rows": rows, "factors": factors}
+    for what, tensor in (tensors | {"weights": weights}).items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or what != "weights"):
+            raise TypeError(f"{name}: expected {what} as a tensor, got {type(tensor).__name__}")
     wide = torch.promote_types(logits.dtype, torch.float32)
     floats = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if logits.device.type == "cpu" else ()))
     tables = (*floats[:3], *((torch.float64,) if logits.dtype == torch.float64 else ()))
@@ -408,6 +423,8 @@ def _ngram_bias_validate(name, logits, targets, table, rows, factors, softcap, w
             raise ValueError(f"{name}: expected {what} with adjacent columns, stride 1, got {tensor.stride()}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{name}: expected ignore_index in 64 bits, got {ignore_index}")
     if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
         raise TypeError(f"{name}: expected softcap as a number, got {type(softcap).__name__}")
     if not 0 < softcap <= LARGEST:

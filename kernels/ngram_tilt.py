@@ -32,6 +32,7 @@ Source: PR #1420 and PR #1514 of the challenge (n-gram tilt), PR #2018 (token hi
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -40,7 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Columns of one of the four vectors that a turn of the loop takes, and warps per row. NVIDIA H200, 2026-11-20.
 LAUNCH = {"BLOCK_V": 256, "num_warps": 1}
 MAX_EXPONENT = 80.0  # of 2 softcap + ln V; exp overflows float32 at 88.7, which leaves room for beta <= 8

@@ -26,6 +26,7 @@ Refuses: other dtypes, channels that are not adjacent, d > 256, cos or sin that 
 From: modded-nanogpt (normalised queries and keys, half-split rotary); the gain per head is that of the challenge.
 """
 
+import re
 from collections.abc import Callable
 from functools import lru_cache, wraps
 
@@ -35,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 EPS = 2.0**-23  # float32's, as torch.nn.functional.rms_norm takes it for 16-bit input too
 # Query heads per program, at most; programs a split of the heads, each of which takes every programs-th step; warps;
 # stages of the pipeline of loads. NVIDIA H200, 2026-11-20.
@@ -379,6 +381,10 @@ def qk_norm_rope(
     Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype or
     another type.
     """
+    named = {"q": q, "k": k, "cos": cos, "sin": sin, "gain": gain}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name not in ("k", "gain")):
+            raise TypeError(f"qk_norm_rope: expected {name} to be a tensor, got {type(tensor).__name__}")
     if (k is None) == (kv_heads is None):
         got = "neither" if k is None else "both"
         raise ValueError(f"qk_norm_rope: expected k or, for a fused projection, k=None and kv_heads, got {got}")
@@ -404,7 +410,6 @@ def qk_norm_rope(
         raise TypeError(f"qk_norm_rope: expected eps to be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"qk_norm_rope: expected a finite eps > 0, got {eps}")
-    named = {"q": q, "k": k, "cos": cos, "sin": sin, "gain": gain}
     allowed = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (q.device.type == "cpu")
     for name, tensor in named.items():
         if tensor is None:

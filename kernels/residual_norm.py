@@ -26,6 +26,7 @@ return_sum without addend, head > D.
 From: the residual mixing of modded-nanogpt (x0 lambdas) and the layer scales of PR #1855 of the challenge.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -34,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # NVIDIA H200, 2026-11-20. A warp holds `elements` of a row. Forward: a program a row, 97 % of a copy; walking over rows
 # takes 8 % longer. Backward: programs that walk over rows, `num_stages` - 1 of them on their way: 5 a multiprocessor
 # and 3 stages reach 94 % of a copy; without stages 89 % (mixing, 12 a multiprocessor) or 92 % (x unscaled, 16).

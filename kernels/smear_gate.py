@@ -18,6 +18,7 @@ Refuses: other dtypes, channels that are not adjacent, W > D, token ids that are
 From: PR #1667 of the challenge; the mask is that of PR #1851.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -26,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Forward: elements of x per program, as whole rows, and warps. Backward: programs that a card of 132 multiprocessors
 # holds at once with a warp for every 512 channels (one more round of them cost 30 %). NVIDIA H200, 2026-11-20.
 LAUNCH = {"elements": 8192, "num_warps": 8, "programs_backward": 16 * 132}

@@ -27,6 +27,7 @@ its gradient is the kernel's numbers times 0, and so NaN where a logit of that r
 From: PR #1855 (the cap) and PR #1923 (a cap for each sign) of the challenge; the sigmoid is modded-nanogpt's.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -36,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Columns that a program holds at once, at most, and a warp of it; SHARED and AHEAD are explained where they are used.
 # NVIDIA H200, 2026-11-20.
 LAUNCH = {
@@ -461,6 +463,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dloss, *_):
     if ctx.written:
+        if torch.is_grad_enabled():
+            got = "create_graph=True with upstream, whose gradient is written already and would count as a constant"
+            raise RuntimeError(f"softcapped_ce: expected a backward() that is not differentiated, got {got}")
         promised, dlogits, dcaps = ctx.saved_tensors
         both = (t[:1] if t.stride(0) == 0 else t for t in (dloss, promised))  # expanded: one number for all rows
         kept = torch.isclose(*both, 1e-5, 0.0, equal_nan=True).all()
@@ -499,8 +504,9 @@ def softcapped_ce(
     upstream: the gradient that backward() will bring to this result, where the caller knows it: 1.0 for
         loss.backward(), 0.125 for (loss / 8).backward(). The gradient is then written while the logits are read for
         the loss, and backward() hands it out. Should it bring anything else (by more than 1e-5 of it), it raises
-        RuntimeError on a CPU and ends in a device-side assertion on a GPU. None: any gradient is right; so it is, and
-        the promise is not needed, inside torch.compile before torch 2.11.
+        RuntimeError on a CPU and ends in a device-side assertion on a GPU; and for create_graph=True it raises
+        RuntimeError. None: any gradient is right; so it is, and the promise is not needed, inside torch.compile before
+        torch 2.11.
     check_targets: raise for a target out of range, which makes the host wait; else its row's loss is NaN.
     Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits and caps.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
@@ -512,12 +518,17 @@ def softcapped_ce(
     if check_targets:
         _softcapped_ce_check_targets(name, targets, logits.shape[1], ignore_index)
     wide, w, promised = torch.promote_types(logits.dtype, torch.float32), None, None
+    if upstream is not None:
+        if not _softcapped_ce_is_number(upstream):
+            raise TypeError(f"{name}: expected upstream as a number, got {type(upstream).__name__}")
+        if not abs(upstream) <= torch.finfo(wide).max:
+            raise ValueError(f"{name}: expected a finite upstream in {wide}, got {upstream}")
     if reduction == "mean":
         w = (targets != ignore_index).to(wide)
         w = w if weights is None else w * weights
     wanted = torch.is_grad_enabled() and (logits.requires_grad or (caps is not None and caps.requires_grad))
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
-        promised = torch.full((), upstream, dtype=wide, device=logits.device)
+        promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
     loss = _op(logits, targets, weights, caps, promised, cap, float(z_loss), ignore_index, None)[0]
     return _softcapped_ce_reduce(loss, w, reduction)
@@ -569,6 +580,9 @@ def _softcapped_ce_validate(
     name, logits, targets, softcap, softcap_negative, weights, ignore_index, z_loss
 ) -> tuple[list[float], Tensor | None]:
     """A, B, C and floor of z = floor + A σ((x + B) / C); and tensor caps as (2,), for which A / C = 4."""
+    for what, tensor in (("logits", logits), ("targets", targets), ("weights", weights)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or what != "weights"):
+            raise TypeError(f"{name}: expected {what} as a tensor, got {type(tensor).__name__}")
     got, wide = tuple(logits.shape), torch.promote_types(logits.dtype, torch.float32)
     if logits.ndim != 2 or got[-1] == 0:
         raise ValueError(f"{name}: expected logits of shape (n_rows, V), got {got}")
@@ -578,8 +592,6 @@ def _softcapped_ce_validate(
         raise TypeError(f"{name}: expected {expected}, got {logits.dtype} on {logits.device}")
     if logits.stride(1) != 1 and got[1] != 1:
         raise ValueError(f"{name}: expected logits with adjacent columns, stride 1, got {logits.stride()}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name}: expected targets as a tensor, got {type(targets).__name__}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected targets in int64 or int32, got {targets.dtype}")
     for what, tensor in (("targets", targets), ("weights", weights)):
@@ -595,6 +607,8 @@ def _softcapped_ce_validate(
             raise ValueError(f"{name}: expected {what} on {logits.device}, got {tensor.device}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{name}: expected ignore_index in 64 bits, got {ignore_index}")
     if not _softcapped_ce_is_number(z_loss):
         raise TypeError(f"{name}: expected z_loss as a number, got {type(z_loss).__name__}")
     if not 0 <= z_loss < float("inf"):

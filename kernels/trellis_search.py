@@ -24,6 +24,7 @@ Refuses: other code sizes than 8 and 32 states, longer rows, another layout.
 Source: Viterbi 1967, Ungerboeck 1982; as dependent quantisation Marcellin and Fischer 1990 (TCQ).
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -32,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 POLYNOMIALS = {8: (0o13, 0o04), 32: (0o45, 0o10)}  # states -> h0, h1
 FRACTION = 7  # bits behind the point of a target
 MARGIN = 4  # steps beyond largest to which a target is limited

@@ -25,6 +25,7 @@ Refuses: other dtypes, channels that are not adjacent, d > 256, W > 64, an x wid
 From: exclusive self-attention (XSA) and sparse head gates as in PR #1855 of the challenge.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -34,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NAMESPACE = "niblick"
+# A lifted copy has ops of its own, so that it may stand beside the package.
+NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
 # Elements of v per program. And, for the gradients of the gate's inputs, elements of a product per step; programs, each
 # of which takes every programs-th step; warps; stages of the pipeline of loads. NVIDIA H200, 2026-11-20.
 LAUNCH = {
@@ -389,6 +391,10 @@ def xsa_gate(
     Returns (N, H, d), contiguous, in y's dtype. Differentiable once, in all five tensors.
     Raises ValueError for a shape, layout, device, number or combination, TypeError for a dtype or another type.
     """
+    named = {"y": y, "v": v, "x": x, "gate_weight": gate_weight, "gate_logits": gate_logits}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "y"):
+            raise TypeError(f"xsa_gate: expected {name} to be a tensor, got {type(tensor).__name__}")
     if y.ndim != 3 or 0 in y.shape[1:] or y.shape[2] > 256:
         raise ValueError(f"xsa_gate: expected y of shape (N, H, d), d <= 256, got {tuple(y.shape)}")
     N, H, d = y.shape
@@ -406,7 +412,6 @@ def xsa_gate(
         raise ValueError(f"xsa_gate: expected x of shape {expected}, such as stream[:, :W], got {tuple(x.shape)}")
     if gate_logits is not None and gate_logits.shape != (N, H):
         raise ValueError(f"xsa_gate: expected gate_logits of shape ({N}, {H}), got {tuple(gate_logits.shape)}")
-    named = {"y": y, "v": v, "x": x, "gate_weight": gate_weight, "gate_logits": gate_logits}
     for name, tensor in ((name, tensor) for name, tensor in named.items() if tensor is not None):
         dtypes = (torch.bfloat16, torch.float16, torch.float32) + (torch.float64,) * (y.device.type == "cpu")
         if name != "y":

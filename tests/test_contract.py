@@ -374,34 +374,54 @@ def test_triton_code_compiles_without_a_card(name: str, dtype: torch.dtype, arch
 # -------------------------------------------------------------------------------------------------------------- lift
 
 
-def load_copy(name: str, folder: Path, namespace: str, old: str = "", new: str = "") -> ModuleType:
-    """kernels/<name>.py, copied alone under another namespace, with one text replaced."""
+def load_copy(name: str, folder: Path, prefix: str, *edits: tuple[str, str]) -> ModuleType:
+    """kernels/<name>.py, copied alone and imported as <prefix>_<name>, with texts replaced."""
     source = (FOLDER / f"{name}.py").read_text()
-    marker = 'NAMESPACE = "niblick"'
-    assert source.count(marker) == 1, f"{name}.py: expected the line {marker} once"
-    if old:
-        assert source.count(old) == 1, f"{name}.py holds the text of a fault {source.count(old)} times: {old!r}"
-        assert old != new, f"the fault changes nothing: {old!r}"
+    for old, new in edits:
+        assert source.count(old) == 1, f"{name}.py holds the text to edit {source.count(old)} times: {old!r}"
+        assert old != new, f"the edit changes nothing: {old!r}"
         source = source.replace(old, new)
     path = folder / f"{name}.py"
-    path.write_text(source.replace(marker, f'NAMESPACE = "{namespace}"'))
-    spec = importlib.util.spec_from_file_location(f"{namespace}_{name}", path)
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"{prefix}_{name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+TWICE = """
+def _twice(launcher):
+    @wraps(launcher)
+    def run(*args):
+        return torch.utils._pytree.tree_map(lambda t: 2 * t, launcher(*args))
+
+    return run
+"""
+
+
 @ONCE
 @pytest.mark.parametrize("name", KERNELS)
 def test_lifts(name: str, tmp_path: Path) -> None:
-    """The file alone, niblick out of reach, gives the same bits."""
+    """The file alone, niblick out of reach, gives the same bits; and neither it nor an edited copy, whose forward op
+    gives twice the results, disturbs another file's op."""
     module = kernel_module(name)
+    inputs = {dtype: inputs_of(module, name, admissible(module, name, dtype)[0], dtype) for dtype in DTYPES}
+    want = {dtype: run(getattr(module, name), inputs[dtype]) for dtype in DTYPES}
     out_of_reach = {key: None for key in sys.modules if key.split(".")[0] == "niblick"}
     with patch.dict(sys.modules, out_of_reach):
         lifted = load_copy(name, tmp_path, "lifted")
+        edited = load_copy(
+            name, tmp_path, "edited-é",  # no identifier, which the name of an op must be
+            ("\n_op = torch.library", f"{TWICE}\n_op = torch.library"),
+            (f'::{name}", _forward,', f'::{name}", _twice(_forward),'),
+            ('_op.register_kernel("cpu")', '(lambda kernel: _op.register_kernel("cpu")(_twice(kernel)))'),
+        )  # fmt: skip
     for dtype in DTYPES:
-        inputs = inputs_of(module, name, admissible(module, name, dtype)[0], dtype)
-        assert_equal(f"lifted {name}", run(getattr(lifted, name), inputs), run(getattr(module, name), inputs))
+        for who, file in {"lifted": lifted, "niblick's": module}.items():
+            assert_equal(f"{who} {name}", run(getattr(file, name), inputs[dtype]), want[dtype])
+        forward = {key: _detached(value) for key, value in inputs[dtype].items()}  # a backward may index by its results
+        twice = {key: 2 * value for key, value in want[dtype].items() if key.startswith("out")}
+        assert_equal(f"edited {name}", run(getattr(edited, name), forward), twice)
 
 
 @ONCE
@@ -435,7 +455,7 @@ def test_lists_faults(name: str) -> None:
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name in KERNELS for i in range(len(faults_of(name)))])
 def test_planted_fault_is_rejected(name: str, number: int, tmp_path: Path) -> None:
     old, new = faults_of(name)[number]
-    faulty = load_copy(name, tmp_path, f"fault{number}", old, new)
+    faulty = load_copy(name, tmp_path, f"fault{number}", (old, new))
     assert rejected(faulty, name), f"the contract accepts {name}.py with {old!r} replaced by {new!r}"
 
 

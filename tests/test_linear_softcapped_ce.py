@@ -108,7 +108,20 @@ def test_all_rows_ignored() -> None:
     tensors["targets"][:] = 7
     got = results(linear_softcapped_ce, tensors, ignore_index=7, reduction="sum")
     assert got["loss"] == 0 and not got["x"].any() and not got["weight"].any()
-    assert linear_softcapped_ce(**tensors, ignore_index=7).isnan()  # no row to take the mean of, as in torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("why", ["ignored", "no rows", "weightless"])
+def test_mean_over_nothing(why: str, dtype: torch.dtype) -> None:
+    """NaN, as in torch, but with gradients that leave the parameters as they are."""
+    tensors = arguments(0 if why == "no rows" else 3, 50, 8, dtype)
+    if why == "ignored":
+        tensors["targets"][:] = -100
+    elif why == "weightless":
+        tensors["weights"] = torch.zeros(3, device=DEVICE)
+    for fn in (linear_softcapped_ce, linear_softcapped_ce_ref):
+        got = results(fn, tensors)
+        assert got["loss"].isnan() and not got["x"].any() and not got["weight"].any()
 
 
 @pytest.mark.parametrize("V", [1, 2, 65])
@@ -256,7 +269,11 @@ REFUSED = {
     "two dtypes": ({"weight": torch.zeros(5, 16).bfloat16()}, TypeError, "weight in torch.float32 as x, got torch.bf"),
     "columns apart": ({"x": torch.zeros(16, 4).t()}, ValueError, r"x with adjacent columns, got strides \(1, 4\)"),
     "too few targets": ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"targets of shape \(4,\).*\(3,\)"),
+    "x in a list": ({"x": [[0.0]]}, TypeError, "x as a tensor, got list"),
+    "weight in numpy": ({"weight": torch.zeros(5, 16).numpy()}, TypeError, "weight as a tensor, got ndarray"),
     "targets in a list": ({"targets": [0, 1, 2, 3]}, TypeError, "targets as a tensor, got list"),
+    "no targets": ({"targets": None}, TypeError, "targets as a tensor, got NoneType"),
+    "weights in a list": ({"weights": [1.0]}, TypeError, "weights as a tensor, got list"),
     "float targets": ({"targets": torch.zeros(4)}, TypeError, "int64 or int32, got torch.float32"),
     "targets elsewhere": ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
     "a weight a column": ({"weights": torch.ones(5)}, ValueError, r"weights of shape \(4,\).*\(5,\)"),
@@ -269,6 +286,7 @@ REFUSED = {
     "softcap to learn": ({"softcap": torch.ones(1)}, TypeError, "softcap as a number, got Tensor"),
     "three numbers": ({"softcap": (23.0, 5.0, 7.5)}, TypeError, "softcap as a number, got tuple"),
     "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index as an int, got float"),
+    "ignore_index 2^63": ({"ignore_index": 2**63}, ValueError, "ignore_index in 64 bits, got 9223372036854775808"),
     "reduction": ({"reduction": "average"}, ValueError, "got 'average'"),
     "fp8 on a CPU": ({"fp8": True}, ValueError, "compute capability 8.9 for fp8, got cpu"),
     "a gradient a row": ({"x": torch.zeros(4, 16, requires_grad=True), "reduction": "none"}, ValueError, "no gradient"),

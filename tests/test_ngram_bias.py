@@ -115,6 +115,14 @@ def test_a_kept_promise_changes_no_bit_and_a_broken_one_is_loud() -> None:
             results(ngram_bias, inputs | {"upstream": 1.0}, 0.5)
 
 
+@pytest.mark.parametrize("upstream", [None, 1.0])
+def test_differentiable_once(upstream: float | None) -> None:
+    inputs = inputs_of(130, upstream=upstream)
+    with pytest.raises(RuntimeError, match="no autograd formula" if upstream is None else "create_graph=True"):
+        (gradient,) = torch.autograd.grad(ngram_bias(**inputs).sum(), inputs["logits"], create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), inputs["logits"])
+
+
 def test_opcheck_of_one_pass() -> None:
     inputs = inputs_of(300, torch.bfloat16)
     tensors = (inputs[key].detach() for key in ("logits", "targets", "table", "rows", "factors"))
@@ -210,10 +218,17 @@ BAD = {
     "half factors": ({"factors": torch.zeros(6, 3).half()}, TypeError, "expected factors in torch.float32"),
     "elsewhere": ({"rows": torch.zeros(6, 3, device="meta").long()}, ValueError, "expected rows on .* got meta"),
     "weights": ({"weights": torch.zeros(5)}, ValueError, r"weights of shape \(6,\), got \(5,\)"),
+    **{f"{what} in a list": ({what: [[0]]}, TypeError, f"{what} as a tensor, got list")
+       for what in ("logits", "targets", "table", "rows", "factors", "weights")},
+    "no table": ({"table": None}, TypeError, "table as a tensor, got NoneType"),
+    "ignore_index": ({"ignore_index": -(2**63) - 1}, ValueError, "ignore_index in 64 bits, got -9223372036854775809"),
+    "upstream in text": ({"upstream": "1.0"}, TypeError, "upstream as a number, got str"),
+    "upstream 1e300": ({"upstream": 1e300}, ValueError, r"a finite upstream in torch.float32, got 1e\+300"),
+    "upstream nan": ({"upstream": math.nan}, ValueError, "a finite upstream in torch.float32, got nan"),
     "softcap": ({"softcap": 0.0}, ValueError, "expected 0 < softcap <= 10000, got 0.0"),
     "softcap to learn": ({"softcap": torch.tensor(30.0)}, TypeError, "softcap as a number, got Tensor"),
     "reduction": ({"reduction": "max"}, ValueError, "got 'max'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -237,6 +237,11 @@ def test_no_tokens() -> None:
 
 
 REFUSED = {
+    **{
+        f"{name} in a list": ({name: [0.0]}, TypeError, f"expected {name} to be a tensor, got list")
+        for name in ("q", "k", "cos", "sin", "gain")
+    },
+    "no cos": ({"cos": None}, TypeError, "expected cos to be a tensor, got NoneType"),
     "two dimensions": ({"q": torch.zeros(3, 8)}, ValueError, r"q of shape \(N, H, d\).*got \(3, 8\)"),
     "other tokens": ({"k": torch.zeros(4, 2, 8)}, ValueError, r"got \(3, 4, 8\) and \(4, 2, 8\)"),
     "other width": ({"k": torch.zeros(3, 2, 4)}, ValueError, r"and \(3, 2, 4\)"),

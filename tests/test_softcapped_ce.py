@@ -139,6 +139,16 @@ def test_a_kept_promise_serves_two_backwards() -> None:
     assert torch.equal(logits.grad, want + want)
 
 
+@pytest.mark.parametrize("upstream", [None, 1.0])
+def test_differentiable_once(upstream: float | None) -> None:
+    """A gradient written in advance would count as a constant, and a penalty on it would be without effect."""
+    logits, targets = logits_and_targets(6, 300)
+    loss = softcapped_ce(logits, targets, upstream=upstream)
+    with pytest.raises(RuntimeError, match="no autograd formula" if upstream is None else "create_graph=True"):
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), logits)
+
+
 class Sizes(TorchDispatchMode):
     """Notes the ops whose result has a given shape."""
 
@@ -420,7 +430,9 @@ REFUSED = {
     "too few targets": ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(4,\).*got \(3,\)"),
     "float targets": ({"targets": torch.zeros(4)}, TypeError, "int64 or int32, got torch.float32"),
     "targets elsewhere": ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "got meta"),
+    "logits in numpy": ({"logits": torch.zeros(4, 5).numpy()}, TypeError, "logits as a tensor, got ndarray"),
     "targets in a list": ({"targets": [0, 1, 2, 3]}, TypeError, "targets as a tensor, got list"),
+    "weights in a list": ({"weights": [1.0]}, TypeError, "weights as a tensor, got list"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "0 < softcap <= 10000, got 0.0"),
     "softcap nan": ({"softcap": float("nan")}, ValueError, "0 < softcap <= 10000, got nan"),
     "softcap inf": ({"softcap": float("inf")}, ValueError, "0 < softcap <= 10000, got inf"),
@@ -450,6 +462,12 @@ REFUSED = {
     "z_loss a tensor": ({"z_loss": torch.ones(())}, TypeError, "z_loss as a number, got Tensor"),
     "z_loss true": ({"z_loss": True}, TypeError, "z_loss as a number, got bool"),
     "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index as an int, got float"),
+    "ignore_index 2^70": ({"ignore_index": 2**70}, ValueError, "ignore_index in 64 bits, got 1180591620717411303424"),
+    "upstream in text": ({"upstream": "1.0"}, TypeError, "upstream as a number, got str"),
+    "upstream a tensor": ({"upstream": torch.ones(())}, TypeError, "upstream as a number, got Tensor"),
+    "upstream 1e300": ({"upstream": 1e300}, ValueError, r"a finite upstream in torch.float32, got 1e\+300"),
+    "upstream nan": ({"upstream": float("nan")}, ValueError, "a finite upstream in torch.float32, got nan"),
+    "upstream -inf": ({"upstream": float("-inf")}, ValueError, "a finite upstream in torch.float32, got -inf"),
     "reduction": ({"reduction": "average"}, ValueError, "got 'average'"),
 }
 REFUSED_AND_GRAD = {

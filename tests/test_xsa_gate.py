@@ -160,6 +160,11 @@ def test_no_tokens() -> None:
 
 
 REFUSED = {
+    **{
+        f"{name} in a list": ({name: [0.0]}, TypeError, f"expected {name} to be a tensor, got list")
+        for name in ("y", "v", "x", "gate_weight", "gate_logits")
+    },
+    "no y": ({"y": None}, TypeError, "expected y to be a tensor, got NoneType"),
     "two dimensions": ({"y": torch.zeros(3, 8)}, ValueError, r"y of shape \(N, H, d\).*got \(3, 8\)"),
     "too wide": ({"y": torch.zeros(3, 4, 257)}, ValueError, r"d <= 256, got \(3, 4, 257\)"),
     "nothing to do": ({"v": None, "x": None, "gate_weight": None}, ValueError, "nothing to do"),

@@ -35,6 +35,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -326,6 +327,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     token_ids: Tensor,
@@ -531,7 +538,7 @@ def embed_smear_norm(
     table: (V, D) bfloat16, float16 or float32, channels adjacent; float64 on CPU only.
     smear_weight: (W,), 1 <= W <= D, elements adjacent. smear_scale: (1,), λ. Each in any of these dtypes, but float64
     with float64. Both None: no smear. bos_id: the id that starts a document; None, and only None, is no mask.
-    Returns (N, D) in the table's dtype. Differentiable once, in table, smear_weight and smear_scale.
+    Returns (N, D) in the table's dtype. Differentiable once, in reverse mode, in table, smear_weight and smear_scale.
     eps: a finite number >= 0.
     Raises ValueError for a shape, layout, device, number or id, TypeError for a dtype or an argument of another type.
     """
@@ -582,6 +589,7 @@ def embed_smear_norm(
             row = int(bad[0])
             expected, got = f"0 <= id < {len(table)}", int(token_ids[row])
             raise ValueError(f"embed_smear_norm: expected {expected} in token_ids, got {got} in row {row}")
+    _refuse_tangents("embed_smear_norm", table, smear_weight, smear_scale)
     return _op(token_ids, table, smear_weight, smear_scale, bos_id, float(eps))[0]
 
 

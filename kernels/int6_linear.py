@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -300,6 +301,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     (M, K), N = x.shape, packed.shape[0]
@@ -439,6 +446,7 @@ def int6_linear(x: Tensor, packed: Tensor, scale: Tensor, *, lowrank: tuple[Tens
             raise ValueError(f"int6_linear: {name} must be on {x.device} as x, got {tensor.device}")
         if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"int6_linear: {name} has no gradient, got one that requires it: detach it")
+    _refuse_tangents("int6_linear", x, scale, a, b)
     return _op(x.view(x.shape[:-1].numel(), K), packed, scale, a, b).view(*x.shape[:-1], N)
 
 

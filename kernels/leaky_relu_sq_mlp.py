@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
@@ -679,6 +680,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(x: Tensor, up: Tensor, down: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     """y, and a with the signs of h for the backward."""
@@ -915,8 +922,8 @@ def leaky_relu_sq_mlp(x: Tensor, up: Tensor, down: Tensor, negative_slope: float
     negative_slope: any finite int or float; 0 is ReLU². It gets no gradient.
     fp8: all six products on 8-bit floats, for 16-bit x on a card of compute capability 8.9 or later; sizes
     that are multiples of 16. Faster and coarser, as the head of this file says.
-    Returns (..., D) in x's dtype. Differentiable once, in x, up and down; products for frozen ones are left out. A
-    gradient with other strides (of stride 0, transposed) is copied.
+    Returns (..., D) in x's dtype. Differentiable once, in reverse mode, in x, up and down; products for frozen ones are
+    left out. A gradient with other strides (of stride 0, transposed) is copied.
     Raises ValueError for a shape, layout, device, card or slope, TypeError for a dtype or an argument of another type.
     """
     name = "leaky_relu_sq_mlp"
@@ -949,6 +956,7 @@ def leaky_relu_sq_mlp(x: Tensor, up: Tensor, down: Tensor, negative_slope: float
         raise TypeError(f"{name}: expected negative_slope to be a number, got {negative_slope!r}")
     if not abs(negative_slope) < float("inf"):
         raise ValueError(f"{name}: expected a finite negative_slope, got {negative_slope}")
+    _refuse_tangents(name, x, up, down)
     rows = x.view(x.shape[:-1].numel(), D)
     if fp8 and len(rows):
         _check_fp8(rows, n_cols)

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -465,6 +466,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     x: Tensor,
@@ -627,7 +634,7 @@ def linear_softcapped_ce(
     gradients' GEMMs stay in bfloat16. Logits then carry an error of about 4 % of their standard deviation.
     check_targets: look for a target out of range, which stalls the GPU; without it such a row's loss and gradient in x
     are NaN, and so is all of the gradient in weight.
-    Returns float32 (float64 for float64 x). Differentiable once, in x and weight.
+    Returns float32 (float64 for float64 x). Differentiable once, in reverse mode, in x and weight.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     me = "linear_softcapped_ce"
@@ -688,6 +695,7 @@ def linear_softcapped_ce(
             raise ValueError(
                 f"{me}: expected targets in [0, {len(weight)}) or {ignore_index}, got {int(targets[row])} in row {row}"
             )
+    _refuse_tangents(me, x, weight, weights)
     total, rows, *_ = _op(x, weight, targets, weights, float(softcap), ignore_index, fp8, with_dx, with_dweight)
     if reduction == "none":
         return rows

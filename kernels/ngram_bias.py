@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -227,6 +228,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     logits: Tensor, targets: Tensor, table: Tensor, rows: Tensor, factors: Tensor, weights: Tensor | None,
@@ -357,7 +364,7 @@ def ngram_bias(
         RuntimeError. None: any gradient is right; so it is, and the promise is not needed, inside torch.compile before
         torch 2.11.
     check_targets: raise for a target or a row out of range, which makes the host wait; else its row's loss is NaN.
-    Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in the logits.
+    Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in reverse mode, in the logits.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     name = "ngram_bias"
@@ -379,6 +386,7 @@ def ngram_bias(
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
         promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
+    _refuse_tangents(name, logits, table, factors, weights)
     loss = _op(logits, targets, table, rows, factors, weights, promised, float(softcap), ignore_index)[0]
     return _ngram_bias_reduce(loss, w, reduction)
 

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -231,6 +232,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 def _heads(q: Tensor, k: Tensor | None, kv_heads: int) -> tuple[Tensor, ...]:
     """q and k or, of a fused projection, its views q, k and v."""
     return (q, k) if k is not None else q.split((q.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
@@ -377,7 +384,7 @@ def qk_norm_rope(
     cos, sin: (N, h) or (N, 1, h), 0 <= 2h <= d, contiguous, in q's dtype or float32: the angle of channels j and
     j + h. They get no gradient. gain: (H,), elements adjacent, in q's dtype or float32, or None for 1. eps: > 0.
     Returns q' (N, H, d) and k' (N, G, d), of a fused projection also a copy of v (N, G, d): contiguous, in q's dtype.
-    Differentiable once, in q, k and gain.
+    Differentiable once, in reverse mode, in q, k and gain.
     Raises ValueError for a shape, layout, device or eps, or a cos or sin with a gradient; TypeError for a dtype or
     another type.
     """
@@ -429,6 +436,7 @@ def qk_norm_rope(
         raise ValueError(f"qk_norm_rope: expected contiguous cos and sin, got strides {got}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("qk_norm_rope: expected cos and sin without a gradient, got requires_grad=True")
+    _refuse_tangents("qk_norm_rope", *named.values())
     if cos.ndim == 3:
         cos, sin = cos[:, 0], sin[:, 0]
     q_out, k_out, v = _op(q, k, cos, sin, gain, G, float(eps))

@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -253,6 +254,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     x: Tensor,
@@ -470,7 +477,7 @@ def residual_norm(
     head: up to D; if not 0, return a copy of the first `head` channels of n as well.
     norm_scale, eps: finite numbers, eps >= 0; they get no gradient.
     Returns (u, n), then x + addend, then the copy, in x's dtype: (N, D), the copy (N, head). Differentiable once, in
-    all of the tensors, from any of the results.
+    reverse mode, in all of the tensors, from any of the results.
     Raises ValueError for a shape, layout, device or number, TypeError for a dtype or an argument of another type.
     """
     optional = {"x_scale": x_scale, "y_scale": y_scale, "z": z, "z_scale": z_scale, "addend": addend}
@@ -522,6 +529,7 @@ def residual_norm(
         raise TypeError(f"residual_norm: expected head to be an int, got {head!r}")
     if not 0 <= head <= x.shape[1]:
         raise ValueError(f"residual_norm: expected 0 <= head <= {x.shape[1]}, got {head}")
+    _refuse_tangents("residual_norm", x, y, x_scale, y_scale, z, z_scale, addend)
     numbers = float(norm_scale), float(eps)
     u, n, s, h = _op(x, y, x_scale, y_scale, z, z_scale, addend, return_sum, head, *numbers)
     return u, n, *([s] if return_sum else []), *([h] if head else [])

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -223,6 +224,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_id: int | None) -> Tensor:
     (N, D), W = x.shape, len(weight)
@@ -326,7 +333,7 @@ def smear_gate(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_
     x: (N, D) raw embeddings of one stream, bfloat16, float16 or float32, channels adjacent; float64 on CPU only.
     weight: (W,), 1 <= W <= D, elements adjacent. scale: (1,), λ. Each in any of these dtypes, but float64 with float64.
     token_ids: (N,) int64 or int32. bos_id: the id that starts a document; None, and only None, is no mask (PR #1934).
-    Returns (N, D) in x's dtype. Differentiable once, in x, weight and scale.
+    Returns (N, D) in x's dtype. Differentiable once, in reverse mode, in x, weight and scale.
     Raises ValueError for a shape, layout, device or number, TypeError for a dtype or an argument of another type.
     """
     for name, tensor in (("x", x), ("weight", weight), ("scale", scale), ("token_ids", token_ids)):
@@ -361,6 +368,7 @@ def smear_gate(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor, bos_
     for name, tensor in (("weight", weight), ("scale", scale), ("token_ids", token_ids)):
         if tensor.device != x.device:
             raise ValueError(f"smear_gate: expected {name} on {x.device}, got {tensor.device}")
+    _refuse_tangents("smear_gate", x, weight, scale)
     return _op(x, weight, scale, token_ids, bos_id)
 
 

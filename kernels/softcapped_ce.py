@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -313,6 +314,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     logits: Tensor, targets: Tensor, weights: Tensor | None, caps: Tensor | None, dloss: Tensor | None,
@@ -508,7 +515,8 @@ def softcapped_ce(
         RuntimeError. None: any gradient is right; so it is, and the promise is not needed, inside torch.compile before
         torch 2.11.
     check_targets: raise for a target out of range, which makes the host wait; else its row's loss is NaN.
-    Returns the loss in nats, float32 (float64 for float64 logits). Differentiable once, in logits and caps.
+    Returns the loss in nats, float32 (float64 for float64 logits).
+    Differentiable once, in reverse mode, in logits and caps.
     Raises ValueError for a shape, layout, device or number out of range, TypeError for a dtype or another type.
     """
     name = "softcapped_ce"
@@ -530,6 +538,7 @@ def softcapped_ce(
     if upstream is not None and wanted and (PROMISES_COMPILE or not torch.compiler.is_compiling()):
         promised = torch.full((), float(upstream), dtype=wide, device=logits.device)
         promised = (promised if w is None else promised / w.sum()).expand(logits.shape[0])
+    _refuse_tangents(name, logits, weights, caps)
     loss = _op(logits, targets, weights, caps, promised, cap, float(z_loss), ignore_index, None)[0]
     return _softcapped_ce_reduce(loss, w, reduction)
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # A lifted copy has ops of its own, so that it may stand beside the package.
 NAMESPACE = "niblick" if __name__.startswith("niblick.") else "niblick_" + re.sub(r"\W", "_", __name__, flags=re.A)
@@ -220,6 +221,12 @@ def _as_given(launcher: Callable) -> Callable:
     return run
 
 
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """An op has no rule for forward-mode differentiation: tangents would be dropped, as if they were 0."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors if t is not None):
+        raise RuntimeError(f"{name}: expected no forward-mode differentiation, got a tensor with a tangent")
+
+
 @_as_given
 def _forward(
     y: Tensor, v: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_logits: Tensor | None,
@@ -388,7 +395,7 @@ def xsa_gate(
     y's dtype or float32, for z = x gate_weight^T; or gate_logits: (N, H), in y's dtype or float32, for z, when a gate
     reads the whole stream or has a bias. Neither: no gate.
     gate_scale, amplitude: finite ints or floats. They get no gradient.
-    Returns (N, H, d), contiguous, in y's dtype. Differentiable once, in all five tensors.
+    Returns (N, H, d), contiguous, in y's dtype. Differentiable once, in reverse mode, in all five tensors.
     Raises ValueError for a shape, layout, device, number or combination, TypeError for a dtype or another type.
     """
     named = {"y": y, "v": v, "x": x, "gate_weight": gate_weight, "gate_logits": gate_logits}
@@ -431,6 +438,7 @@ def xsa_gate(
             raise TypeError(f"xsa_gate: expected {name} to be a number, got {number!r}")
         if not abs(number) < float("inf"):
             raise ValueError(f"xsa_gate: expected a finite {name}, got {number}")
+    _refuse_tangents("xsa_gate", *named.values())
     return _op(y, v, x, gate_weight, gate_logits, float(gate_scale), float(amplitude))
 
 

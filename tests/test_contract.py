@@ -26,6 +26,7 @@ import triton
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.testing._internal.optests import OpCheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -297,6 +298,18 @@ def test_autocast_changes_nothing(name: str) -> None:
     want = run(fn, inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert_equal(f"{name} under autocast", run(fn, inputs), want)
+
+
+@ONCE
+@pytest.mark.parametrize("name", KERNELS)
+def test_refuses_forward_mode(name: str) -> None:
+    """An op without a rule for tangents drops them: the derivative would be 0."""
+    module = kernel_module(name)
+    inputs = inputs_of(module, name, admissible(module, name, torch.float32)[0], torch.float32)
+    primals = {key: _detached(value) for key, value in inputs.items()}
+    for key in (key for key, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad):
+        with dual_level(), pytest.raises(RuntimeError, match=f"{name}: expected no forward-mode"):
+            getattr(module, name)(**primals | {key: make_dual(primals[key], primals[key])})
 
 
 # ----------------------------------------------------------------------------------------------------- torch.compile

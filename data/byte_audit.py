@@ -56,7 +56,11 @@ def audit(
     Only documents read with case operators can be recounted. DataError for what `sidecar.read` refuses, and for counts
     that disagree where they may not.
     """
+    if max_tokens < 0 or max_tokens == 1:
+        raise DataError(f"--max-tokens: expected 0 (all) or at least 2, for one target, found {max_tokens}")
     processor = tokenizers.load(tokenizer)
+    if source and not tokenizers.has_case_operators(processor):
+        raise DataError(f"--source: expected a tokenizer with case operators to recount with, found {tokenizer}, plain")
     tokens = np.concatenate([shards.read_shard(path) for path in paths])[: max_tokens or None]
     shards.check_ids(tokens, processor.vocab_size(), paths[0])
     beside = sidecar.read_all(paths, tokenizer, processor)
@@ -143,13 +147,14 @@ class Arguments:
     max_tokens: int = 0
     """Only so many tokens of the data; 0: all."""
     source: str | None = None
-    """The texts that the shards were prepared from: stdlib, a folder, or a .jsonl[.gz|.xz] file."""
+    """For data prepared with --data.caseops: the texts that they were made of (stdlib, a folder, or a
+    .jsonl[.gz|.xz] file), to recount. Other tokens hold their whole text."""
 
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, words, script="niblick.data.byte_audit", about=__doc__)
+    paths = shards.find_shards(arguments.data, "val")  # before the tokenizer: it names the data where there is none
     tokenizer = arguments.tokenizer or tokenizers.find(arguments.data)
-    paths = shards.find_shards(arguments.data, "val")
     result = audit(paths, tokenizer, max_tokens=arguments.max_tokens, source=arguments.source)
     for name, value in vars(result).items():
         print(f"{name.replace('_', ' ')}: {value:,d}" if isinstance(value, int) else f"{name}: {value}")

@@ -9,6 +9,9 @@ describes it; from Python: `check(scorer, vocab_size=V)`. Exit status 0: nothing
 
 import importlib.util
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +82,8 @@ def check(
         raise DataError(f"audit: expected a stream that begins with a document (BOS, id {bos_id}), found {tokens[0]}")
     if tokens.min() < 0:
         raise DataError(f"audit: expected ids from 0 on, found {tokens.min()}")
+    if not 0 <= tolerance < np.inf:
+        raise DataError(f"audit: expected a tolerance of 0 nats or more, found {tolerance}")
     check_ids(tokens, vocab_size, "audit")
     losses = score(scorer, tokens)
     log = getattr(scorer, "log", None)
@@ -86,10 +91,13 @@ def check(
     return Report([run_test(test, title, function, case) for test, title, function in TESTS])
 
 
+SCRIPT = "niblick.evaluation.audit"
+
+
 @dataclass(frozen=True)
 class Arguments:
     method: tyro.conf.Positional[str]
-    """plain, sliding, score-first, or FILE.py:NAME."""
+    """plain, sliding, score-first, phased, or FILE.py:NAME."""
     variant: str = ""
     """Published settings of an adapting method; its chunks are made small."""
     set: tuple[str, ...] = ()
@@ -100,10 +108,13 @@ class Arguments:
     """Folder of validation shards (and training shards) with a tokenizer: the stream's beginning is tested, and its
     bytes and split. Default: a stream made for the purpose."""
     vocab_size: int = 64
-    """Without --data."""
+    """Of the stream that is made without --data."""
     n_tokens: int = 96
+    """Length of the stream that is scored. What a scorer does only beyond it is not seen."""
     sequence_length: int = 16
+    """Tokens of a window, of this package's own methods."""
     stride: int = 4
+    """Targets that each window of an overlapping method adds."""
     cuts: int = 8
     """Places at which the future is changed."""
     swaps: int = 6
@@ -112,21 +123,31 @@ class Arguments:
     """Nats by which a score must move to have changed: what float32 sums of another length may differ by is below
     1e-5."""
     seed: int = 0
+    """Of the stream that is made, of the model, and of what is changed where: another seed tries other places."""
     out: Path | None = None
     """Also write the report there, as JSON."""
 
 
+LEAST = {"vocab_size": 3, "n_tokens": 3, "cuts": 1, "swaps": 1, "tolerance": 0.0, "seed": 0}
+
+
 def main(words: list[str]) -> int:
-    arguments = parse(Arguments, words, script="audit", about=__doc__)
+    arguments = parse(Arguments, words, script=SCRIPT, about=__doc__)
+    for name, least in LEAST.items():
+        if not least <= getattr(arguments, name) < 2**32:  # the first false for a nan, too
+            option, found = name.replace("_", "-"), getattr(arguments, name)
+            raise DataError(f"--{option}: expected {least} or more, below 2^32, found {found}")
+    if arguments.data and not arguments.data.is_dir():
+        raise DataError(f"--data: expected a folder, found none at {arguments.data}")
     if arguments.out and not arguments.out.parent.is_dir():
         raise DataError(f"--out: expected a folder {arguments.out.parent} to write into, found none")
-    if min(arguments.cuts, arguments.swaps, arguments.n_tokens - 2) < 1:
-        raise DataError("expected --cuts and --swaps of at least 1 and --n-tokens of at least 3")
     tokens, processor, options = _data(arguments)
     vocab_size = processor.vocab_size() if processor else arguments.vocab_size
-    scorer = foreign(arguments.method) if ":" in arguments.method else _own(arguments, vocab_size, processor)
+    is_foreign = ":" in arguments.method
+    scorer = foreign(arguments.method) if is_foreign else _own(arguments, vocab_size, processor)
     options |= {name: getattr(arguments, name) for name in ("seed", "cuts", "swaps", "tolerance")}
-    report = check(scorer, tokens, vocab_size=vocab_size, **options)
+    with _run_by(arguments.method.rpartition(":")[0]) if is_foreign else nullcontext():
+        report = check(scorer, tokens, vocab_size=vocab_size, **options)
     print(report.text())
     if arguments.out:
         write_atomically(arguments.out, lambda file: file.write(report.json().encode() + b"\n"))
@@ -177,11 +198,28 @@ def foreign(where: str) -> Scorer:
         raise DataError(f"{path}: expected a Python file, found another kind")
     module = importlib.util.module_from_spec(spec)
     sys.modules["audited"] = module
-    spec.loader.exec_module(module)
-    scorer = getattr(module, name, None)
+    with _run_by(path):
+        spec.loader.exec_module(module)
+        scorer = getattr(module, name, None)
     if not callable(scorer):
         raise DataError(f"{path}: expected a scorer {name!r}, a callable, found {type(scorer).__name__}")
     return scorer
+
+
+@contextmanager
+def _run_by(path: str) -> Iterator[None]:
+    """Whatever the code of `path` raises or returns that cannot be audited is bad input. So is its exit: it would pass
+    for an audit that found nothing."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if Path(frame.filename).absolute() == Path(path).absolute()]
+        place = f"{path}, line {own[-1]}" if own else path
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(f"{place}: expected a scorer that can be called, found {said}") from None
 
 
 def command(words: list[str]) -> int:
@@ -192,7 +230,7 @@ def command(words: list[str]) -> int:
         nonlocal status
         status = main(words)
 
-    return guarded("audit", run, words, ConfigError) or status
+    return guarded(SCRIPT, run, words, ConfigError) or status
 
 
 if __name__ == "__main__":

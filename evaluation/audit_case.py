@@ -74,7 +74,11 @@ class Case:
 
 def score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
     """losses (N,) float64. DataError where the scorer returns another shape."""
-    losses = np.asarray(scorer(tokens.copy()), np.float64)
+    returned = scorer(tokens.copy())
+    try:
+        losses = np.asarray(returned, np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"audit: expected losses, numbers, from the scorer, found {type(returned).__name__}") from None
     if losses.shape != tokens.shape:
         raise DataError(f"audit: expected losses of shape {tokens.shape} from the scorer, found {losses.shape}")
     return losses

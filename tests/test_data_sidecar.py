@@ -316,3 +316,20 @@ def test_every_setting_of_the_data_reaches_its_folder(tmp_path, monkeypatch):
         assert {name: calls[-1][1][name] for name in change} == change
     prepare.prepare_cached(data, 513)
     assert len({out for out, _ in calls}) == len(calls) and calls[0][0].parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-tokens", "-1"], "--max-tokens: expected 0 (all) or at least 2"),
+        (["--max-tokens", "1"], "--max-tokens: expected 0 (all) or at least 2"),
+        (["--source", "stdlib"], "--source: expected a tokenizer with case operators"),
+        (["--data", "/none/here"], "/none/here: no val shards"),
+    ],
+)
+def test_audit_refuses_what_it_cannot_count(words, message, models, tmp_path, capsys):
+    shards.write_shard(tmp_path / "toy_val_000000.bin", np.array([1, 5, 6, 7], np.uint16))
+    words = ["--data", str(tmp_path), "--tokenizer", str(models / "plain.model"), *words]
+    assert guarded("byte_audit", byte_audit.main, words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and message in said.err

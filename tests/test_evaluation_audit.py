@@ -1,10 +1,8 @@
 """The audit is silent on scorers that keep the rules, and each planted cheat is caught by the test named for it."""
 
-import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import audit_cheats as cheats
 import numpy as np
@@ -322,25 +320,3 @@ def test_bad_streams_are_refused(tokens, message):
 def test_losses_of_another_shape_are_refused():
     with pytest.raises(DataError, match=r"expected losses of shape \(92,\) from the scorer, found \(91,\)"):
         check(lambda tokens: np.zeros(len(tokens) - 1))
-
-
-def test_command_on_other_peoples_code(tmp_path, capsys):
-    source = (Path(__file__).parent / "audit_cheats.py").read_text()
-    (tmp_path / "theirs.py").write_text(source + "\nhonest, gate, three = Honest(), TargetGate(), 3\n")
-    out = tmp_path / "report.json"
-    words = ["--vocab-size", str(V), "--swaps", "2", "--out", str(out)]
-    assert audit.command([f"{tmp_path}/theirs.py:honest", *words]) == 0
-    assert "nothing found" in capsys.readouterr().out and "cannot certify" in json.loads(out.read_text())["worth"]
-    assert audit.command([f"{tmp_path}/theirs.py:gate", *words]) == 1
-    assert "refuted by T2" in capsys.readouterr().out
-    for words, message in (
-        ([f"{tmp_path}/theirs.py:three"], "expected a scorer 'three', a callable, found int"),
-        ([f"{tmp_path}/none.py:honest"], "expected a Python file, found none"),
-        (["slyding"], "expected a method plain, sliding, score-first, phased or FILE.py:NAME, found 'slyding'"),
-        (["plain", "--swops", "3"], "unknown option '--swops' (nearest: --swaps)"),
-        (["plain", "--n-tokens", "2"], "--n-tokens of at least 3"),
-        (["plain", "--sequence-length", "0"], "sequence_length must be in 1..1e+06: got 0"),
-    ):
-        assert audit.command(words) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and message in error

@@ -1,5 +1,6 @@
 """A run inside the clock: its progress line, log records and checkpoints, and how it ends before its time."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -45,8 +46,7 @@ def run_clock(
             if run.checkpoint_every_s and saved_s + run.checkpoint_every_s <= clock.elapsed_s < last_s:
                 clock.drain()
                 position.elapsed_s = saved_s = clock.elapsed_s
-                save_checkpoint(checkpoint, trainer, position)
-                if log:
+                if _keep(checkpoint, trainer, position) and log:
                     log.write("checkpoint", **position_fields(position))
                 clock.refresh()
 
@@ -59,8 +59,18 @@ def run_clock(
     if log:
         log.write("end of training", **position_fields(position))
     if run.checkpoint_every_s:  # off the clock: --resume then goes straight on to what follows training
-        save_checkpoint(checkpoint, trainer, position)
+        _keep(checkpoint, trainer, position)
     return position
+
+
+def _keep(checkpoint: Path, trainer: Trainer, position: Position) -> bool:
+    """Whether it was written: a full disk costs the checkpoint, not the run, whose artifact may still fit."""
+    try:
+        save_checkpoint(checkpoint, trainer, position)
+    except OSError as error:
+        print(f"{error.strerror}; going on without it", file=sys.stderr)
+        return False
+    return True
 
 
 def position_fields(position: Position) -> dict[str, object]:

@@ -194,6 +194,16 @@ def test_what_cannot_be_deterministic_is_refused_in_a_line(shard: Path, monkeypa
         t.warm_up(batches)
 
 
+def test_a_checkpoint_that_cannot_be_written_costs_itself_alone(shard: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "c").mkdir()  # which no file can replace
+    t = trainer(preset(run=EVERY_STEP))
+    position = run_to_the_end(t, shard, tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if line.startswith(f"cannot write {tmp_path / 'c'}: ")]
+    assert position.step > 1 and len(told) >= 2 and all(line.endswith("; going on without it") for line in told)
+    assert '"event": "end of training"' in (tmp_path / "log.jsonl").read_text()
+
+
 # ---- other ends ----------------------------------------------------------------------------------------------------
 
 

@@ -200,8 +200,9 @@ def main(words: list[str]) -> None:
     log = RunLog(out / LOG) if here.rank == 0 else None
     if log:
         remove_half_written(out / CHECKPOINT)
-        if not preset.run.resume and (out / CHECKPOINT).exists():
-            (out / CHECKPOINT).replace(out / f"previous.{CHECKPOINT}")  # or --resume would take it for this run's
+        for file in (CHECKPOINT, ARTIFACT, CODE) if not preset.run.resume else ():
+            if (out / file).exists():
+                (out / file).replace(out / f"previous.{file}")  # or it would be taken for this run's
         announce(name, trainer, rung, here, position, log)
         steps, modes = preset.schedule.warmup_steps, len(trainer.loop_modes())
         print(f"compile and warm-up: {steps} step(s) in each of {modes} loop mode(s)", flush=True)

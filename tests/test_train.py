@@ -203,14 +203,22 @@ def test_a_failure_after_training_does_not_lose_the_artifact(train, tmp_path: Pa
     assert status == 2 and err == "train.py: no score today\n" and (tmp_path / "out/artifact.nbk").exists()
 
 
-def test_a_fresh_run_moves_the_checkpoint_of_another_aside(train, tmp_path: Path) -> None:
-    words = ["--schedule.max-steps", "3", "--run.checkpoint-every-s", "1e-6"]
+def test_a_fresh_run_moves_the_files_of_another_aside(train, tmp_path: Path, monkeypatch) -> None:
+    words, out = ["--schedule.max-steps", "3", "--run.checkpoint-every-s", "1e-6"], tmp_path / "out"
+    files = ("checkpoint.safetensors", "artifact.nbk", "niblick.pyz")
     train(*words)
-    assert (tmp_path / "out/checkpoint.safetensors").exists()
-    train(*words, "--run.checkpoint-every-s", "0")
+    assert all((out / file).exists() for file in files)
+
+    def stop(*_):
+        raise OSError("stopped before its own files")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(train.script, "run_clock", stop)
+        assert train(*words)[0] == 2
+    assert not any((out / file).exists() for file in files)
+    assert all((out / f"previous.{file}").exists() for file in files)
     status, _, err = train(*words, "--resume")
     assert status == 2 and "--resume expected a checkpoint" in err
-    assert (tmp_path / "out/previous.checkpoint.safetensors").exists()
 
 
 def test_artifact_scores_the_same_through_evaluate(train, corpus: Path, tmp_path: Path, capsys) -> None:
@@ -466,7 +474,8 @@ def test_full_disk_keeps_what_was_there(train, tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     status, _, err = train("--schedule.max-steps", "1", "--run.checkpoint-every-s", "0")
     assert status == 2 and err.count("\n") == 1 and "artifact.nbk: No space left on device" in err
-    assert (tmp_path / "out/artifact.nbk").read_bytes() == before
+    assert (tmp_path / "out/previous.artifact.nbk").read_bytes() == before
+    assert not list((tmp_path / "out").glob("artifact.nbk*"))
 
 
 def test_unknown_option_and_preset_name_the_nearest(train, tmp_path: Path) -> None:

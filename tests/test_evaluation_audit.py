@@ -1,9 +1,5 @@
 """The audit is silent on scorers that keep the rules, and each planted cheat is caught by the test named for it."""
 
-import socket
-import subprocess
-import sys
-
 import audit_cheats as cheats
 import numpy as np
 import pytest
@@ -257,18 +253,6 @@ def test_an_artifact_is_compared_with_validation_absent_and_replaced(what, monke
     monkeypatch.setattr(cheats.Honest, "artifact", artifact)
     report = check(cheats.Honest())
     assert report.refuted == ["T6"] and what in report.findings[0].evidence and len(report.findings) == 1
-
-
-def test_another_process_and_the_network_are_seen():
-    def reaching(tokens):
-        subprocess.run([sys.executable, "-c", ""], check=True)
-        with socket.socket() as connection:
-            connection.connect_ex(("127.0.0.1", 9))
-        return cheats.Honest()(tokens)
-
-    case = Case(reaching, STREAM, V, 1, np.zeros(len(STREAM)), None)
-    events = {finding.evidence.split()[0] for finding in audit.isolation(case)}
-    assert {"subprocess.Popen", "socket.connect"} <= events
 
 
 def test_losses_that_are_none_are_found():

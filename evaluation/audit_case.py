@@ -1,7 +1,7 @@
 """A scorer on a stream: what the tests of an audit look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +15,9 @@ SCORE_NATS = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """losses (N,) float64 and log are those of one call; swaps and cuts: how many places are tried."""
+    """losses (N,) float64 and log are those of one call; swaps and cuts: how many places are tried. data: the whole
+    stream that tokens (N,) are the beginning of, for tests that score nothing. tried: what a test has covered, in words
+    for the report."""
 
     scorer: Scorer
     tokens: np.ndarray
@@ -29,6 +31,8 @@ class Case:
     swaps: int = 6
     seed: int = 0
     tolerance: float = SCORE_NATS
+    data: np.ndarray | None = None
+    tried: list[str] = field(default_factory=list)
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         return score(self.scorer, tokens)

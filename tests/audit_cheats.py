@@ -201,6 +201,14 @@ class WrongByteTable(Honest):
         return np.where(tokens == BOS, 0, np.where(tokens >= V - 3, 2, 1))
 
 
+class LastDocumentThrice(Honest):
+    """Counts the bytes of the last document, which no other follows, three times."""
+
+    def byte_counts(self, tokens):
+        last = np.arange(len(tokens)) >= np.flatnonzero(tokens == BOS)[-1]
+        return super().byte_counts(tokens) * np.where(last, 3, 1)
+
+
 class CalibratesOnValidation(Honest):
     """A quantisation scale from validation statistics is in the artifact."""
 

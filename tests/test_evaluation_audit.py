@@ -37,6 +37,7 @@ CHEATS = {
     cheats.CalibratesOnValidation: ("T6", "C1"),
     cheats.TrainsBeforeQuantisation: ("T6", "C1"),
     cheats.WrongByteTable: ("T8", "R2"),
+    cheats.LastDocumentThrice: ("T8", "R2"),
     cheats.SlowClock: ("T10", "R1"),
     cheats.HintsAndAdaptation: ("T11", "C1"),
     cheats.WarmsUpOnValidation: ("T12", "R2"),
@@ -49,13 +50,13 @@ CHEATS = {
 }
 ALONE = (  # caught by that test and by no other
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
-    cheats.WrongByteTable, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable, cheats.TwoSeeds,
-    cheats.RoundsDown, cheats.TwoConfigurations,
+    cheats.WrongByteTable, cheats.LastDocumentThrice, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable,
+    cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
 )  # fmt: skip
 RIGHT_LOSSES = {
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
-    cheats.WrongByteTable, cheats.SlowClock, cheats.WarmsUpOnValidation, cheats.DeadLever, cheats.RankDependent,
-    cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
+    cheats.WrongByteTable, cheats.LastDocumentThrice, cheats.SlowClock, cheats.WarmsUpOnValidation, cheats.DeadLever,
+    cheats.RankDependent, cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
 }  # fmt: skip
 
 
@@ -112,6 +113,27 @@ def test_a_training_document_in_the_validation_stream_is_found():
     report = check(cheats.Honest(), train_documents=[*TRAIN, document])
     assert report.refuted == ["T9"]
     assert report.findings[0].evidence == "validation document 0 is training document 2; 1 are"
+
+
+def test_bytes_and_split_are_those_of_the_whole_data():
+    """Of which the stream that is scored is the beginning."""
+    later = np.array([1, 5, 6, 7, 1, 8, V - 1], np.uint16)
+    report = check(cheats.Honest(), data=np.concatenate([STREAM, later]))
+    assert report.refuted == ["T9"] and "is training document 0; 1 are" in report.findings[0].evidence
+    assert "T9  split                         refuted (" in report.text() and " of training)" in report.text()
+    first = STREAM[: np.flatnonzero(STREAM == V - 3)[0]]  # counted rightly by the wrong table
+    assert check(cheats.WrongByteTable(), data=first).refuted == []
+
+
+def test_a_last_document_may_be_cut_within_a_character():
+    document = np.array([1, *range(3, V)], np.uint16)
+
+    def cut(ids):
+        return cheats.decode(ids) + audit.audit_claims.REPLACEMENT
+
+    assert check(cheats.Honest(), decode=cut, data=document).refuted == []
+    assert check(cheats.Honest(), decode=cut, data=np.tile(document, 2)).findings[0].position == 0
+    assert check(cheats.LastDocumentThrice(), decode=cut, data=document).refuted == ["T8"]
 
 
 def test_time_that_is_left_out_warns_and_does_not_refute(monkeypatch):

@@ -25,7 +25,7 @@ from niblick.data.errors import DataError
 from niblick.data.files import write_atomically
 from niblick.data.shards import check_ids, find_shards, read_shard
 from niblick.evaluation import audit_causal, audit_claims, audit_order
-from niblick.evaluation.audit_case import SCORE_NATS, Case, make_stream, score
+from niblick.evaluation.audit_case import CUTS, SCORE_NATS, Case, make_stream, score
 from niblick.evaluation.audit_isolation import isolation
 from niblick.evaluation.audit_own import ModelScorer, tiny_model
 from niblick.evaluation.audit_phased import PhasedScorer
@@ -116,10 +116,10 @@ class Arguments:
     """Tokens of a window, of this package's own methods."""
     stride: int = 4
     """Targets that each window of an overlapping method adds."""
-    cuts: int = 8
-    """Places at which the future is changed."""
+    cuts: int = CUTS
+    """Places at which the future is changed, drawn; all where the stream has no more."""
     swaps: int = 6
-    """Targets that are swapped, each for the whole vocabulary."""
+    """Targets that are swapped, each for the whole vocabulary, drawn."""
     tolerance: float = SCORE_NATS
     """Nats by which a score must move to have changed: what float32 sums of another length may differ by is below
     1e-5."""

@@ -6,7 +6,7 @@ import pytest
 
 from niblick.data.errors import DataError
 from niblick.evaluation import audit
-from niblick.evaluation.audit_case import Case, make_stream
+from niblick.evaluation.audit_case import Case, drawn, make_stream
 from niblick.evaluation.audit_causal import _futures
 from niblick.evaluation.audit_protocol import Log
 from niblick.evaluation.audit_report import Finding
@@ -17,13 +17,14 @@ TRAIN = [np.array([1, 5, 6, 7], np.uint16), np.array([1, 2], np.uint16)]
 
 
 def check(scorer, tokens=STREAM, **options) -> audit.Report:
-    options = {"vocab_size": V, "decode": cheats.decode, "train_documents": TRAIN, **options}
+    options = {"vocab_size": V, "decode": cheats.decode, "train_documents": TRAIN, "cuts": 8, **options}
     return audit.check(scorer, tokens, **options)
 
 
 CHEATS = {
     cheats.RemembersCalls: ("T0", "C3"),
     cheats.TrainsFirstAndLies: ("T1", "C1"),
+    cheats.CountsTokensLeft: ("T1", "C1"),
     cheats.SecondPass: ("T5", "C4"),
     cheats.TargetGate: ("T2", "C2"),
     cheats.MassAboveOne: ("T2", "C2"),
@@ -49,6 +50,7 @@ CHEATS = {
     cheats.TwoConfigurations: ("T16", "R2"),
 }
 ALONE = (  # caught by that test and by no other
+    cheats.CountsTokensLeft,
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
     cheats.WrongByteTable, cheats.LastDocumentThrice, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable,
     cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
@@ -96,6 +98,41 @@ def test_an_order_of_documents_by_length_is_refuted_by_their_ends_alone():
     report = check(cheats.ShortestFirst())
     assert report["T11"].status == "nothing found" and "T1" in report.refuted
     assert "end" in report["T1"].findings[0].evidence, report.text()
+
+
+def test_a_peek_after_one_id_is_seen_where_all_places_are_tried():
+    """Few of them miss it, and another seed tries others."""
+    places = np.flatnonzero(STREAM[:-2] == cheats.PeeksAfterOneId.rare)
+    assert 1 <= len(places) <= 8
+    report = check(cheats.PeeksAfterOneId(), cuts=128)
+    assert report["T1"].status == "refuted" and report["T1"].note.startswith("90 of 90 cuts, "), report.text()
+    by_seed = [check(cheats.PeeksAfterOneId(), cuts=4, swaps=1, seed=seed)["T1"].status for seed in range(8)]
+    assert set(by_seed) == {"refuted", "nothing found"}
+
+
+def test_places_are_drawn_from_all_parts():
+    generator = np.random.default_rng(0)
+    assert drawn(generator, 7, 9).tolist() == list(range(7)) and drawn(generator, 0, 3).tolist() == []
+    found = [drawn(generator, 96, 8) for _ in range(20)]
+    assert all((places // 12 == np.arange(8)).all() for places in found)
+    assert len({tuple(places) for places in found}) == 20
+
+
+def test_a_scorer_that_goes_by_the_length_is_warned_of():
+    scorer = cheats.CountsTokensLeft()
+    scorer.uses_length = True
+    report = check(scorer)
+    assert report.refuted == [] and "warning, C1: the scorer goes by the stream's length" in report.text()
+
+
+def test_a_scorer_of_one_length_is_warned_of():
+    def of_one_length(tokens):
+        if len(tokens) < len(STREAM):
+            raise ValueError("too short")
+        return cheats.Honest()(tokens)
+
+    report = check(of_one_length)
+    assert report.refuted == [] and "tokens is not scored: too short" in report["T1"].findings[0].evidence
 
 
 def test_findings_name_the_place():
@@ -298,6 +335,7 @@ def test_futures_change_what_they_say_and_keep_the_past():
     case = Case(cheats.Honest(), STREAM, V, 1, np.zeros(len(STREAM)), None)
     past, starts = np.arange(1, 32), STREAM == 1
     futures = dict(_futures(case, np.random.default_rng(0), past))
+    assert (futures.pop("the stream ends") == STREAM[:32]).all()
     for changed in futures.values():
         assert (changed[:32] == STREAM[:32]).all() and changed.max() < V
     words, ended, longer, later = futures.values()

@@ -1,6 +1,7 @@
 """T7: what a scorer reaches for while it scores."""
 
 import os
+import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -78,4 +79,7 @@ def _hook(event: str, arguments: tuple) -> None:
     elif event == "ctypes.dlsym" and arguments[0]._name is None and not str(arguments[1]).startswith(("Py", "_Py")):
         _seen[-1].append((event, f"the C library's {arguments[1]}"))  # through what was loaded before the call
     elif event in REACHES_OUT:
-        _seen[-1].append((event, " ".join(str(part) for part in arguments[-2:])))
+        what = [
+            str(part) for part in arguments[:2] if not isinstance(part, socket.socket)
+        ]  # no environment, which follows
+        _seen[-1].append((event, " ".join(what)[:200]))

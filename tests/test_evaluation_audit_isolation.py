@@ -59,18 +59,23 @@ def found_in(reach) -> list[str]:
         return cheats.Honest()(tokens)
 
     case = Case(scorer, STREAM, cheats.V, 1, np.zeros(len(STREAM)), None)
-    return [finding.evidence.split()[0] for finding in isolation(case)]
+    return [finding.evidence for finding in isolation(case)]
 
 
 WAYS_OUT = {
-    another_process: "subprocess.Popen", connection: "socket.connect", datagram: "socket.sendto", fork: "os.fork",
-    c_library: "ctypes.dlopen", c_library_loaded_before: "ctypes.dlsym", shared_memory: "mmap.__new__",
-}  # fmt: skip
+    another_process: f"subprocess.Popen {sys.executable} ['{sys.executable}', '-c', '']",
+    connection: "socket.connect ('127.0.0.1', 9)",
+    datagram: "socket.sendto ('127.0.0.1', 9)",
+    fork: "os.fork",
+    c_library: "ctypes.dlopen the C library",
+    c_library_loaded_before: "ctypes.dlsym the C library's getppid",
+    shared_memory: "mmap.__new__ /dev/shm/psm_",
+}
 
 
 @pytest.mark.parametrize("way", WAYS_OUT, ids=lambda way: way.__name__)
 def test_ways_out_are_seen(way):
-    assert WAYS_OUT[way] in found_in(way)
+    assert any(evidence.startswith(WAYS_OUT[way]) for evidence in found_in(way)), found_in(way)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,8 @@ def test_what_may_be_opened(path, allowed, monkeypatch, tmp_path):
     try:
         if "/shm/" in path or "secret" in path:
             Path(path).write_text("x")
-        assert found_in(lambda: open(path, "rb").close()) == ([] if allowed else ["open"])
+        expected = [] if allowed else [f"open {path} while scoring"]
+        assert found_in(lambda: open(path, "rb").close()) == expected
     finally:
         if "/shm/" in path:
             Path(path).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from niblick.data.errors import DataError
 from niblick.data.files import write_atomically
 from niblick.data.shards import check_ids, find_shards, read_shard
 from niblick.evaluation import audit_causal, audit_claims, audit_order
-from niblick.evaluation.audit_case import SCORE_NATS, Case, make_stream, score
+from niblick.evaluation.audit_case import CUTS, SCORE_NATS, Case, make_stream, score
 from niblick.evaluation.audit_isolation import isolation
 from niblick.evaluation.audit_own import ModelScorer, tiny_model
 from niblick.evaluation.audit_phased import PhasedScorer
@@ -68,8 +68,9 @@ def check(
     """Test a scorer on a stream (N,), by default one of `make_stream`.
 
     tolerance: nats by which a score has changed. options: decode, from the ids of a document (n,), BOS included, to the
-    bytes of its text, by the tokenizer that is thought right (T8); train_documents, arrays of ids (T9); cuts and swaps,
-    how many places T1 and T2 try. T2 calls the scorer vocab_size times a place.
+    bytes of its text, by the tokenizer that is thought right (T8); train_documents, arrays of ids (T9); data, the whole
+    stream that tokens are the beginning of (T8, T9); cuts and swaps, how many places T1 and T2 try. T2 calls the scorer
+    vocab_size times a place.
 
     DataError for a stream that does not begin with a document, ids beyond the vocabulary, or losses of another shape.
     """
@@ -105,8 +106,8 @@ class Arguments:
     tilt: bool = False
     """With n-gram hints."""
     data: Path | None = None
-    """Folder of validation shards (and training shards) with a tokenizer: the stream's beginning is tested, and its
-    bytes and split. Default: a stream made for the purpose."""
+    """Folder of validation shards (and training shards) with a tokenizer: the beginning of their stream is scored, and
+    the bytes and the split of all of it are tested. Default: a stream made for the purpose."""
     vocab_size: int = 64
     """Of the stream that is made without --data."""
     n_tokens: int = 96
@@ -115,10 +116,10 @@ class Arguments:
     """Tokens of a window, of this package's own methods."""
     stride: int = 4
     """Targets that each window of an overlapping method adds."""
-    cuts: int = 8
-    """Places at which the future is changed."""
+    cuts: int = CUTS
+    """Places at which the future is changed, drawn; all where the stream has no more."""
     swaps: int = 6
-    """Targets that are swapped, each for the whole vocabulary."""
+    """Targets that are swapped, each for the whole vocabulary, drawn."""
     tolerance: float = SCORE_NATS
     """Nats by which a score must move to have changed: what float32 sums of another length may differ by is below
     1e-5."""
@@ -159,14 +160,15 @@ def _data(arguments: Arguments):
     if arguments.data is None:
         return make_stream(arguments.vocab_size, n=arguments.n_tokens, seed=arguments.seed), None, {}
     processor = tokenizers.load(tokenizers.find(arguments.data))
-    stream = np.concatenate([read_shard(path) for path in find_shards(arguments.data, "val")])[: arguments.n_tokens]
+    stream = np.concatenate([read_shard(path) for path in find_shards(arguments.data, "val")])
+    check_ids(stream, processor.vocab_size(), arguments.data)
     # With case operators a token's bytes are not those of the decoded text (data/sidecar.py), and T8 would cry wolf.
     decode = None if tokenizers.has_case_operators(processor) else partial(tokenizers.decode_documents, processor)
-    options = {"decode": decode}
+    options = {"decode": decode, "data": stream}
     if any(arguments.data.glob("*_train_*.bin")):
         shards = map(read_shard, find_shards(arguments.data, "train"))
         options["train_documents"] = audit_claims.documents(shards, tokenizers.BOS)
-    return stream, processor, options
+    return stream[: arguments.n_tokens], processor, options
 
 
 def _own(arguments: Arguments, vocab_size: int, processor) -> ModelScorer:

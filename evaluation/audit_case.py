@@ -1,7 +1,7 @@
 """A scorer on a stream: what the tests of an audit look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,10 +12,15 @@ from niblick.evaluation.audit_report import NotChecked
 SCORE_NATS = 1e-6
 """A score has changed when it differs by more. Equal sums in another order differ by about 1e-7 in float32."""
 
+CUTS = 128
+"""All places of the stream that is made by default."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """losses (N,) float64 and log are those of one call; swaps and cuts: how many places are tried."""
+    """losses (N,) float64 and log are those of one call; swaps and cuts: how many places are tried. data: the whole
+    stream that tokens (N,) are the beginning of, for tests that score nothing. tried: what a test has covered, in words
+    for the report."""
 
     scorer: Scorer
     tokens: np.ndarray
@@ -25,20 +30,23 @@ class Case:
     log: Log | None
     decode: Callable[[np.ndarray], bytes] | None = None
     train_documents: list[np.ndarray] | None = None
-    cuts: int = 8
+    cuts: int = CUTS
     swaps: int = 6
     seed: int = 0
     tolerance: float = SCORE_NATS
+    data: np.ndarray | None = None
+    tried: list[str] = field(default_factory=list)
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         return score(self.scorer, tokens)
 
     def difference(self, tokens: np.ndarray) -> np.ndarray:
-        """How far each loss (N,) is from this case's when `tokens` are scored, NaN where only one is scored."""
-        found = self.score(tokens)
+        """How far each loss (n,) is from this case's when `tokens` (n,), at most N, are scored, NaN where only one
+        is."""
+        found, losses = self.score(tokens), self.losses[: len(tokens)]
         with np.errstate(invalid="ignore"):
-            same = (found == self.losses) | (np.isnan(found) & np.isnan(self.losses))
-            return np.where(same, 0.0, np.abs(found - self.losses))
+            same = (found == losses) | (np.isnan(found) & np.isnan(losses))
+            return np.where(same, 0.0, np.abs(found - losses))
 
     def offered(self, name: str) -> object:
         """An optional part of the protocol. NotChecked where the scorer lacks it."""
@@ -82,6 +90,12 @@ def score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
     if losses.shape != tokens.shape:
         raise DataError(f"audit: expected losses of shape {tokens.shape} from the scorer, found {losses.shape}")
     return losses
+
+
+def drawn(generator: np.random.Generator, n: int, k: int) -> np.ndarray:
+    """One place of each of k equal parts of range(n), int64 (min(k, n),), ascending: all where there are no more."""
+    edges = np.linspace(0, n, min(k, n) + 1).astype(np.int64)
+    return generator.integers(edges[:-1], edges[1:])
 
 
 def make_stream(vocab_size: int, *, n: int = 96, bos_id: int = 1, seed: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ def repeatable(case: Case) -> list[Finding]:
     """T0. A second call starts from the artifact too. Where it does not, the stream was seen before it was scored, and
     the other tests compare what cannot be compared."""
     difference = case.difference(case.tokens)[1:]
+    case.tried.append(f"{len(case.tokens)} tokens, {(case.tokens == case.bos_id).sum()} documents")
     moved = np.flatnonzero(~(difference <= case.tolerance))
     if not len(moved):
         return []

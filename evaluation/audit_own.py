@@ -56,6 +56,7 @@ class ModelScorer:
         sees_across = shape.smear != "none" and not shape.smear_bos_mask
         self.isolates_documents = shape.attention_span == "documents" and not (sees_across or tilt or adapts)
         self.levers = tuple(name for name, _ in model.named_parameters()) if adapts else ()
+        self.uses_length = adapts  # its learning rate falls over the chunks that the stream has
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         self._recorded(tokens)

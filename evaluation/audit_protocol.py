@@ -3,6 +3,7 @@
     scorer(tokens) -> losses    tokens (N,) of an integer type: a whole validation stream, the first one a document
                                 start. losses (N,): nats of each token as a target; losses[0] is ignored (token 0 is no
                                 target), NaN marks a target that is not scored. Every call starts from the artifact.
+                                The streams tried have other tokens and any number of them from two on.
 
 Optional, as attributes or methods of the scorer:
 
@@ -16,6 +17,7 @@ Optional, as attributes or methods of the scorer:
                                           (ready to score `tokens`) or "scored"
     warms_up: bool                        False: nothing lies between "loaded" and "warm"
     levers: names                         entries of the state that are said to be trained while scoring
+    uses_length: bool                     said: the number of tokens sets a schedule, so no shorter stream is tried
     isolates_documents: bool              claimed: no score depends on another document
     ranked(tokens, n_ranks) -> float      sum of the losses when n_ranks processes share the work
     clock() -> [Interval]                 what the last call spent its time on

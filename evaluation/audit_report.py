@@ -3,7 +3,10 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from niblick.evaluation.audit_case import Case
 
 CONDITIONS = {
     "C1": "a score depends on the artifact and on earlier tokens only",
@@ -45,6 +48,7 @@ class Result:
     status: Status
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
+    """What was covered, or what was missing."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,12 @@ class Report:
         return json.dumps({"results": [asdict(result) for result in self.results], "worth": CANNOT_CERTIFY})
 
 
-def run_test(test: str, title: str, function: Callable[..., list[Finding]], *arguments: object) -> Result:
-    """The result of one test function, which returns findings or raises NotChecked."""
+def run_test(test: str, title: str, function: Callable[["Case"], list[Finding]], case: "Case") -> Result:
+    """The result of one test function, which returns findings or raises NotChecked, and notes what it has covered."""
+    case.tried.clear()
     try:
-        findings = function(*arguments)
+        findings = function(case)
     except NotChecked as reason:
         return Result(test, title, "not checked", note=str(reason))
     refuted = any(not finding.warns for finding in findings)
-    return Result(test, title, "refuted" if refuted else "nothing found", findings)
+    return Result(test, title, "refuted" if refuted else "nothing found", findings, note=", ".join(case.tried))

@@ -127,6 +127,26 @@ class BestOfTwo(Honest):
         return min(super().loss(counts, tokens, target), float(np.log(V)))
 
 
+class PeeksAfterOneId(Honest):
+    """The token after the target has half a say, but only where the token before is one of the rarer ids."""
+
+    rare = 9
+
+    def p(self, counts, tokens, target):
+        p = super().p(counts, tokens, target)
+        if tokens[target - 1] != self.rare or target + 1 == len(tokens):
+            return p
+        return (p + np.eye(V)[tokens[target + 1]]) / 2
+
+
+class CountsTokensLeft(Honest):
+    """An id gets the more, the nearer the stream's end."""
+
+    def p(self, counts, tokens, target):
+        share = 1 / (1 + len(tokens) - target)
+        return (1 - share) * super().p(counts, tokens, target) + share * np.eye(V)[0]
+
+
 class TrainsFirst(Honest):
     """Learns a chunk, then scores it, and says so."""
 
@@ -199,6 +219,14 @@ class WrongByteTable(Honest):
 
     def byte_counts(self, tokens):
         return np.where(tokens == BOS, 0, np.where(tokens >= V - 3, 2, 1))
+
+
+class LastDocumentThrice(Honest):
+    """Counts the bytes of the last document, which no other follows, three times."""
+
+    def byte_counts(self, tokens):
+        last = np.arange(len(tokens)) >= np.flatnonzero(tokens == BOS)[-1]
+        return super().byte_counts(tokens) * np.where(last, 3, 1)
 
 
 class CalibratesOnValidation(Honest):

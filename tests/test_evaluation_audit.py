@@ -1,16 +1,12 @@
 """The audit is silent on scorers that keep the rules, and each planted cheat is caught by the test named for it."""
 
-import socket
-import subprocess
-import sys
-
 import audit_cheats as cheats
 import numpy as np
 import pytest
 
 from niblick.data.errors import DataError
 from niblick.evaluation import audit
-from niblick.evaluation.audit_case import Case, make_stream
+from niblick.evaluation.audit_case import Case, drawn, make_stream
 from niblick.evaluation.audit_causal import _futures
 from niblick.evaluation.audit_protocol import Log
 from niblick.evaluation.audit_report import Finding
@@ -21,13 +17,14 @@ TRAIN = [np.array([1, 5, 6, 7], np.uint16), np.array([1, 2], np.uint16)]
 
 
 def check(scorer, tokens=STREAM, **options) -> audit.Report:
-    options = {"vocab_size": V, "decode": cheats.decode, "train_documents": TRAIN, **options}
+    options = {"vocab_size": V, "decode": cheats.decode, "train_documents": TRAIN, "cuts": 8, **options}
     return audit.check(scorer, tokens, **options)
 
 
 CHEATS = {
     cheats.RemembersCalls: ("T0", "C3"),
     cheats.TrainsFirstAndLies: ("T1", "C1"),
+    cheats.CountsTokensLeft: ("T1", "C1"),
     cheats.SecondPass: ("T5", "C4"),
     cheats.TargetGate: ("T2", "C2"),
     cheats.MassAboveOne: ("T2", "C2"),
@@ -41,6 +38,7 @@ CHEATS = {
     cheats.CalibratesOnValidation: ("T6", "C1"),
     cheats.TrainsBeforeQuantisation: ("T6", "C1"),
     cheats.WrongByteTable: ("T8", "R2"),
+    cheats.LastDocumentThrice: ("T8", "R2"),
     cheats.SlowClock: ("T10", "R1"),
     cheats.HintsAndAdaptation: ("T11", "C1"),
     cheats.WarmsUpOnValidation: ("T12", "R2"),
@@ -52,14 +50,15 @@ CHEATS = {
     cheats.TwoConfigurations: ("T16", "R2"),
 }
 ALONE = (  # caught by that test and by no other
+    cheats.CountsTokensLeft,
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
-    cheats.WrongByteTable, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable, cheats.TwoSeeds,
-    cheats.RoundsDown, cheats.TwoConfigurations,
+    cheats.WrongByteTable, cheats.LastDocumentThrice, cheats.SlowClock, cheats.RankDependent, cheats.ReadsATable,
+    cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
 )  # fmt: skip
 RIGHT_LOSSES = {
     cheats.NegativeProbability, cheats.DumpsAnother, cheats.TailTwice, cheats.CalibratesOnValidation,
-    cheats.WrongByteTable, cheats.SlowClock, cheats.WarmsUpOnValidation, cheats.DeadLever, cheats.RankDependent,
-    cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
+    cheats.WrongByteTable, cheats.LastDocumentThrice, cheats.SlowClock, cheats.WarmsUpOnValidation, cheats.DeadLever,
+    cheats.RankDependent, cheats.TwoSeeds, cheats.RoundsDown, cheats.TwoConfigurations,
 }  # fmt: skip
 
 
@@ -101,6 +100,41 @@ def test_an_order_of_documents_by_length_is_refuted_by_their_ends_alone():
     assert "end" in report["T1"].findings[0].evidence, report.text()
 
 
+def test_a_peek_after_one_id_is_seen_where_all_places_are_tried():
+    """Few of them miss it, and another seed tries others."""
+    places = np.flatnonzero(STREAM[:-2] == cheats.PeeksAfterOneId.rare)
+    assert 1 <= len(places) <= 8
+    report = check(cheats.PeeksAfterOneId(), cuts=128)
+    assert report["T1"].status == "refuted" and report["T1"].note.startswith("90 of 90 cuts, "), report.text()
+    by_seed = [check(cheats.PeeksAfterOneId(), cuts=4, swaps=1, seed=seed)["T1"].status for seed in range(8)]
+    assert set(by_seed) == {"refuted", "nothing found"}
+
+
+def test_places_are_drawn_from_all_parts():
+    generator = np.random.default_rng(0)
+    assert drawn(generator, 7, 9).tolist() == list(range(7)) and drawn(generator, 0, 3).tolist() == []
+    found = [drawn(generator, 96, 8) for _ in range(20)]
+    assert all((places // 12 == np.arange(8)).all() for places in found)
+    assert len({tuple(places) for places in found}) == 20
+
+
+def test_a_scorer_that_goes_by_the_length_is_warned_of():
+    scorer = cheats.CountsTokensLeft()
+    scorer.uses_length = True
+    report = check(scorer)
+    assert report.refuted == [] and "warning, C1: the scorer goes by the stream's length" in report.text()
+
+
+def test_a_scorer_of_one_length_is_warned_of():
+    def of_one_length(tokens):
+        if len(tokens) < len(STREAM):
+            raise ValueError("too short")
+        return cheats.Honest()(tokens)
+
+    report = check(of_one_length)
+    assert report.refuted == [] and "tokens is not scored: too short" in report["T1"].findings[0].evidence
+
+
 def test_findings_name_the_place():
     report = check(cheats.DropsTargets())
     finding = report["T5"].findings[0]
@@ -116,6 +150,27 @@ def test_a_training_document_in_the_validation_stream_is_found():
     report = check(cheats.Honest(), train_documents=[*TRAIN, document])
     assert report.refuted == ["T9"]
     assert report.findings[0].evidence == "validation document 0 is training document 2; 1 are"
+
+
+def test_bytes_and_split_are_those_of_the_whole_data():
+    """Of which the stream that is scored is the beginning."""
+    later = np.array([1, 5, 6, 7, 1, 8, V - 1], np.uint16)
+    report = check(cheats.Honest(), data=np.concatenate([STREAM, later]))
+    assert report.refuted == ["T9"] and "is training document 0; 1 are" in report.findings[0].evidence
+    assert "T9  split                         refuted (" in report.text() and " of training)" in report.text()
+    first = STREAM[: np.flatnonzero(STREAM == V - 3)[0]]  # counted rightly by the wrong table
+    assert check(cheats.WrongByteTable(), data=first).refuted == []
+
+
+def test_a_last_document_may_be_cut_within_a_character():
+    document = np.array([1, *range(3, V)], np.uint16)
+
+    def cut(ids):
+        return cheats.decode(ids) + audit.audit_claims.REPLACEMENT
+
+    assert check(cheats.Honest(), decode=cut, data=document).refuted == []
+    assert check(cheats.Honest(), decode=cut, data=np.tile(document, 2)).findings[0].position == 0
+    assert check(cheats.LastDocumentThrice(), decode=cut, data=document).refuted == ["T8"]
 
 
 def test_time_that_is_left_out_warns_and_does_not_refute(monkeypatch):
@@ -259,18 +314,6 @@ def test_an_artifact_is_compared_with_validation_absent_and_replaced(what, monke
     assert report.refuted == ["T6"] and what in report.findings[0].evidence and len(report.findings) == 1
 
 
-def test_another_process_and_the_network_are_seen():
-    def reaching(tokens):
-        subprocess.run([sys.executable, "-c", ""], check=True)
-        with socket.socket() as connection:
-            connection.connect_ex(("127.0.0.1", 9))
-        return cheats.Honest()(tokens)
-
-    case = Case(reaching, STREAM, V, 1, np.zeros(len(STREAM)), None)
-    events = {finding.evidence.split()[0] for finding in audit.isolation(case)}
-    assert {"subprocess.Popen", "socket.connect"} <= events
-
-
 def test_losses_that_are_none_are_found():
     for wrong in (np.inf, -0.1):
         losses = np.where(np.arange(len(STREAM)) == 40, wrong, 1.0)
@@ -292,6 +335,7 @@ def test_futures_change_what_they_say_and_keep_the_past():
     case = Case(cheats.Honest(), STREAM, V, 1, np.zeros(len(STREAM)), None)
     past, starts = np.arange(1, 32), STREAM == 1
     futures = dict(_futures(case, np.random.default_rng(0), past))
+    assert (futures.pop("the stream ends") == STREAM[:32]).all()
     for changed in futures.values():
         assert (changed[:32] == STREAM[:32]).all() and changed.max() < V
     words, ended, longer, later = futures.values()

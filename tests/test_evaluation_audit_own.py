@@ -126,7 +126,7 @@ def test_a_smear_gate_that_reads_across_documents_is_seen_where_isolation_is_cla
 
 def test_a_tail_that_is_dropped_is_seen():
     report = check(scorer(EvalConfig(sequence_length=16, tokens_per_batch=40, tail="drop")))
-    assert report.refuted == ["T5"] and report.findings[0].evidence == "1 of 81 targets are not scored"
+    assert report.refuted == ["T5"] and report["T5"].findings[0].evidence == "1 of 81 targets are not scored"
 
 
 def test_hints_that_know_their_target_are_seen(monkeypatch):

@@ -152,27 +152,6 @@ def test_a_training_document_in_the_validation_stream_is_found():
     assert report.findings[0].evidence == "validation document 0 is training document 2; 1 are"
 
 
-def test_bytes_and_split_are_those_of_the_whole_data():
-    """Of which the stream that is scored is the beginning."""
-    later = np.array([1, 5, 6, 7, 1, 8, V - 1], np.uint16)
-    report = check(cheats.Honest(), data=np.concatenate([STREAM, later]))
-    assert report.refuted == ["T9"] and "is training document 0; 1 are" in report.findings[0].evidence
-    assert "T9  split                         refuted (" in report.text() and " of training)" in report.text()
-    first = STREAM[: np.flatnonzero(STREAM == V - 3)[0]]  # counted rightly by the wrong table
-    assert check(cheats.WrongByteTable(), data=first).refuted == []
-
-
-def test_a_last_document_may_be_cut_within_a_character():
-    document = np.array([1, *range(3, V)], np.uint16)
-
-    def cut(ids):
-        return cheats.decode(ids) + audit.audit_claims.REPLACEMENT
-
-    assert check(cheats.Honest(), decode=cut, data=document).refuted == []
-    assert check(cheats.Honest(), decode=cut, data=np.tile(document, 2)).findings[0].position == 0
-    assert check(cheats.LastDocumentThrice(), decode=cut, data=document).refuted == ["T8"]
-
-
 def test_time_that_is_left_out_warns_and_does_not_refute(monkeypatch):
     fast = [cheats.Interval("compile", 100.0, inside=False), cheats.Interval("score", 400.0)]
     monkeypatch.setattr(cheats.Honest, "clock", lambda self: fast)
@@ -188,12 +167,6 @@ def test_the_artifact_may_be_opened(tmp_path, monkeypatch):
     assert check(scorer)["T7"].findings[0].evidence == f"open {tmp_path}/artifact while scoring"
     scorer.files = [tmp_path / "artifact"]
     assert check(scorer).refuted == []
-
-
-def test_documents_across_shards():
-    shards = [np.array([9, 1, 2, 3]), np.array([4, 1]), np.array([5]), np.array([], int), np.array([1, 6])]
-    found = [document.tolist() for document in audit.audit_claims.documents(shards)]
-    assert found == [[9], [1, 2, 3, 4], [1, 5], [1, 6]]
 
 
 class Scripted(cheats.Honest):

@@ -215,9 +215,11 @@ def test_bytes_of_real_text(folder):
 
 
 def test_command_on_a_folder(folder, capsys):
-    words = ["plain", "--data", str(folder), "--n-tokens", "40", "--cuts", "2", "--swaps", "1"]
+    words = ["plain", "--data", str(folder), "--n-tokens", "20", "--cuts", "2", "--swaps", "1"]
     assert audit.command(words) == 0
     text = capsys.readouterr().out
+    assert "nothing found (20 tokens, 1 documents)" in text and "(2 of 18 cuts, " in text
+    assert "(5 documents, " in text and "(5 documents, 4 of training)" in text  # of the whole data
     assert all(f"{test}{what:30}nothing found" in text for test, what in (("T8  ", "bytes"), ("T9  ", "split")))
 
 
